@@ -1,0 +1,7 @@
+# The one table: file suffix -> compiler flags. A file <op>_<isa>.cpp is built with these and nothing else is.
+set(REPKERN_ISA_SUFFIXES "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  set(REPKERN_ISA_SUFFIXES avx2 avx512)
+  set(REPKERN_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(REPKERN_ISA_FLAGS_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+endif()

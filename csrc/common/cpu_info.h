@@ -1,0 +1,16 @@
+// Which instruction set the CPU kernels use: found at run time, forced by REPKERN_ISA.
+#pragma once
+
+namespace repkern {
+
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
+
+// The best this machine can run.
+Isa isa_found();
+// The one in use: isa_found(), or what REPKERN_ISA (scalar | avx2 | avx512) or set_isa() asks for, if the machine can run it.
+Isa isa_used();
+// Null on success, else why it cannot be used.
+const char* set_isa(Isa isa);
+const char* isa_name(Isa isa);
+
+}  // namespace repkern

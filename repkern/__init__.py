@@ -1,0 +1,9 @@
+"""repkern: structural re-parameterization of convolutional networks, with its own CPU, CUDA and Triton kernels."""
+
+import torch  # noqa: F401  first: the native module then shares torch's OpenMP threads
+
+from repkern.ops import available_backends, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "available_backends", "use_backend"]

@@ -1,0 +1,17 @@
+"""The ops: one folder each, one public function each. How to add one: docs/add_an_op.md."""
+
+from repkern.ops._library import OPS
+from repkern.ops._select import BACKENDS, available_backends, use_backend
+from repkern.ops.compose_sequential import compose_sequential
+from repkern.ops.orepa_squeeze import SqueezeBranches, orepa_squeeze, orepa_squeeze_many
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "SqueezeBranches",
+    "available_backends",
+    "compose_sequential",
+    "orepa_squeeze",
+    "orepa_squeeze_many",
+    "use_backend",
+]

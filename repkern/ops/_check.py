@@ -1,0 +1,67 @@
+"""Checks that protect memory, and what native calls need from a tensor. Texts name the got and the wanted value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+__all__ = ["DTYPE_CODE", "allow_tf32", "pointer", "require_floating", "require_odd", "require_same", "require_shape", "workspace"]
+
+# The values of repkern::DType in csrc/common/types.h.
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def require_shape(op: str, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless `tensor` has exactly `shape`."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: `{name}` must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def require_odd(op: str, name: str, size: int) -> None:
+    """ValueError unless `size` is a positive odd number."""
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"{op}: the kernel size of `{name}` must be odd, got {size}")
+
+
+def require_same(op: str, tensors: Mapping[str, torch.Tensor | None], dtypes: Sequence[torch.dtype]) -> None:
+    """TypeError/ValueError unless all tensors share one device and one dtype out of `dtypes`."""
+    first_name, first = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{op}: `{name}` must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{op}: `{name}` must be a dense tensor, got layout {tensor.layout}")
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.dtype != first.dtype:
+            raise TypeError(f"{op}: `{name}` is {tensor.dtype} but `{first_name}` is {first.dtype}; all must share one dtype")
+        elif tensor.device != first.device:
+            raise ValueError(f"{op}: `{name}` is on {tensor.device} but `{first_name}` is on {first.device}; all must share one device")
+
+
+def require_floating(op: str, dtype: torch.dtype) -> None:
+    """TypeError unless `dtype` is one an op can write."""
+    if dtype not in DTYPE_CODE:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPE_CODE)
+        raise TypeError(f"{op}: out_dtype must be one of {names}, got {str(dtype).removeprefix('torch.')}")
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """The address of a contiguous tensor, 0 for None. Keep the tensor bound to a local while it is in use."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def workspace(size: int, device: torch.device) -> torch.Tensor:
+    """`size` bytes from torch's allocator, at least 64-byte aligned; freed with the tensor."""
+    raw = torch.empty(size + 64, dtype=torch.uint8, device=device)
+    offset = -raw.data_ptr() % 64
+    return raw[offset : offset + size]
+
+
+def allow_tf32() -> bool:
+    """Whether torch's own fp32 matrix products may use TF32."""
+    return torch.backends.cuda.matmul.allow_tf32

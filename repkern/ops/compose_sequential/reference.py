@@ -1,0 +1,38 @@
+"""compose_sequential in plain torch: the meaning. The math is in docs/ops/compose_sequential.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["compose_sequential", "compose_sequential_backward"]
+
+
+def _per_group(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
+
+
+def compose_sequential(first: Tensor, second: Tensor, groups: int) -> Tensor:
+    """W[o, i, a + b] += second[o, t, a] first[t, i, b]: [Co, Ci/g, K1 + K2 - 1, K1 + K2 - 1]."""
+    k1, k2 = first.shape[-1], second.shape[-1]
+    one, two = _per_group(first, groups), _per_group(second, groups)
+    size = k1 + k2 - 1
+    total = torch.zeros(groups, two.shape[1], one.shape[2], size, size, dtype=first.dtype, device=first.device)
+    for a in range(k2):
+        for b in range(k2):
+            total[..., a : a + k1, b : b + k1] += torch.einsum("got,gtihw->goihw", two[..., a, b], one)
+    return total.flatten(0, 1)
+
+
+def compose_sequential_backward(grad: Tensor, first: Tensor, second: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `first` and `second`."""
+    k1, k2 = first.shape[-1], second.shape[-1]
+    one, two, outer = (_per_group(t, groups) for t in (first, second, grad))
+    grad_first = torch.zeros_like(one)
+    grad_second = torch.zeros_like(two)
+    for a in range(k2):
+        for b in range(k2):
+            window = outer[..., a : a + k1, b : b + k1]
+            grad_first += torch.einsum("got,goihw->gtihw", two[..., a, b], window)
+            grad_second[..., a, b] = torch.einsum("gtihw,goihw->got", one, window)
+    return grad_first.flatten(0, 1), grad_second.flatten(0, 1)
