@@ -13,14 +13,17 @@ __all__ = ["load", "native_build_info", "why_missing"]
 _MODULES = {"cpu": "repkern._C", "cuda": "repkern._C", "simt": "repkern._C_simt"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _import(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except ImportError as error:
         if name.endswith("_simt"):
             return None, "this is not a test build (install with REPKERN_SIMT=on)"
-        return None, f"the native module could not be imported ({error}); reinstall repkern with `pip install .`"
+        return (
+            None,
+            f"the native module could not be imported ({error}); reinstall repkern with `pip install .`",
+        )
 
 
 def load(backend: str) -> ModuleType:

@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-__all__ = ["DTYPE_CODE", "allow_tf32", "pointer", "require_floating", "require_odd", "require_same", "require_shape", "workspace"]
+__all__ = [
+    "DTYPE_CODE",
+    "allow_tf32",
+    "empty",
+    "pointer",
+    "require_floating",
+    "require_odd",
+    "require_same",
+    "require_shape",
+    "workspace",
+]
 
 # The values of repkern::DType in csrc/common/types.h.
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -38,9 +48,13 @@ def require_same(op: str, tensors: Mapping[str, torch.Tensor | None], dtypes: Se
         if first is None:
             first_name, first = name, tensor
         elif tensor.dtype != first.dtype:
-            raise TypeError(f"{op}: `{name}` is {tensor.dtype} but `{first_name}` is {first.dtype}; all must share one dtype")
+            raise TypeError(
+                f"{op}: `{name}` is {tensor.dtype} but `{first_name}` is {first.dtype}; all must share one dtype"
+            )
         elif tensor.device != first.device:
-            raise ValueError(f"{op}: `{name}` is on {tensor.device} but `{first_name}` is on {first.device}; all must share one device")
+            raise ValueError(
+                f"{op}: `{name}` is on {tensor.device} but `{first_name}` is on {first.device}; one device is needed"
+            )
 
 
 def require_floating(op: str, dtype: torch.dtype) -> None:
@@ -55,9 +69,19 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def empty(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """The memory a native kernel writes to. All of it comes from here, so that tests can put guard bytes around it."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory_format)
+
+
 def workspace(size: int, device: torch.device) -> torch.Tensor:
-    """`size` bytes from torch's allocator, at least 64-byte aligned; freed with the tensor."""
-    raw = torch.empty(size + 64, dtype=torch.uint8, device=device)
+    """`size` bytes, at least 64-byte aligned; freed with the tensor."""
+    raw = empty((size + 64,), torch.uint8, device)
     offset = -raw.data_ptr() % 64
     return raw[offset : offset + size]
 

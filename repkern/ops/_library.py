@@ -20,7 +20,13 @@ from repkern.ops import _select
 __all__ = ["OPS", "Native", "Op", "define_op"]
 
 _LIBRARY = torch.library.Library("repkern", "DEF")
-_MODULE_OF = {"reference": "reference", "triton": "triton", "cpu": "native", "cuda": "native", "simt": "native"}
+_MODULE_OF = {
+    "reference": "reference",
+    "triton": "triton",
+    "cpu": "native",
+    "cuda": "native",
+    "simt": "native",
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def define_op(
     `backward(ctx, *grads) -> one gradient (or list) per argument` make it differentiable.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = Op(stem, name, getattr(getattr(torch.ops.repkern, name), "default"), check)
+    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check)
     OPS[name] = op
 
     def run(*args: Any) -> Any:
@@ -149,9 +155,7 @@ def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
     return args
 
 
-def _autograd_kernel(
-    op: Op, setup_context: Callable[..., None], backward_of: Callable[..., Any]
-) -> Callable[..., Any]:
+def _autograd_kernel(op: Op, setup_context: Callable[..., None], backward_of: Callable[..., Any]) -> Callable[..., Any]:
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, lengths: list[int | None], *flat: Any) -> Any:

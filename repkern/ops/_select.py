@@ -36,7 +36,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not(backend: str, device_type: str) -> str | None:
     """None when `backend` can run on tensors of `device_type` here, else the reason in words."""
     if backend not in BACKENDS:
@@ -91,7 +91,7 @@ def choose(op: str, device_type: str) -> str:
     return _choose(op, device_type, _forced)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(op: str, device_type: str, forced: str) -> str:
     if forced != "auto":
         reason = why_not(forced, device_type)

@@ -1,4 +1,4 @@
-"""compose_sequential: two stacked convolutions -> the one that computes the same. Math: docs/ops/compose_sequential.md."""
+"""compose_sequential: two stacked convolutions -> the one that computes the same (docs/ops/compose_sequential.md)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def _check_forward(first: Tensor, second: Tensor, groups: int) -> None:
         raise ValueError(f"{OP}: `groups` must be at least 1, got {groups}")
     for name, kernel in (("first", first), ("second", second)):
         if kernel.shape[0] % groups:
-            raise ValueError(f"{OP}: the {kernel.shape[0]} output channels of `{name}` must be divisible by `groups` (={groups})")
+            raise ValueError(
+                f"{OP}: the {kernel.shape[0]} output channels of `{name}` must be divisible by `groups` (={groups})"
+            )
     if second.shape[1] * groups != first.shape[0]:
         raise ValueError(
             f"{OP}: `second` takes {second.shape[1]} x {groups} groups = {second.shape[1] * groups} channels, "

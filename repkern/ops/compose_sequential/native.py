@@ -16,7 +16,7 @@ def compose_sequential(native: Native, first: Tensor, second: Tensor, groups: in
     """[Co, Ci/g, K, K] with K = K1 + K2 - 1."""
     first, second = first.contiguous(), second.contiguous()
     size = first.shape[-1] + second.shape[-1] - 1
-    out = torch.empty(second.shape[0], first.shape[1], size, size, dtype=first.dtype, device=first.device)
+    out = _check.empty((second.shape[0], first.shape[1], size, size), first.dtype, first.device)
     _call(native, "compose_sequential_forward", first, second, groups, (out.data_ptr(),))
     return out
 
@@ -27,7 +27,7 @@ def compose_sequential_backward(
     """Gradients of `first` and `second`."""
     first, second = first.contiguous(), second.contiguous()
     grad = grad.to(first.dtype).contiguous()
-    grad_first, grad_second = torch.empty_like(first), torch.empty_like(second)
+    grad_first, grad_second = (_check.empty(t.shape, t.dtype, t.device) for t in (first, second))
     pointers = (grad.data_ptr(), grad_first.data_ptr(), grad_second.data_ptr())
     _call(native, "compose_sequential_backward", first, second, groups, pointers)
     return grad_first, grad_second
@@ -35,7 +35,14 @@ def compose_sequential_backward(
 
 def _call(native: Native, name: str, first: Tensor, second: Tensor, groups: int, pointers: tuple[int, ...]) -> None:
     # The fields of csrc/compose_sequential/compose_sequential.h's ComposeParams, in its order.
-    fields = [second.shape[0], first.shape[1] * groups, first.shape[0], groups, first.shape[-1], second.shape[-1]]
+    fields = [
+        second.shape[0],
+        first.shape[1] * groups,
+        first.shape[0],
+        groups,
+        first.shape[-1],
+        second.shape[-1],
+    ]
     fields += [first.data_ptr(), second.data_ptr()]
     code = DTYPE_CODE[first.dtype]
     threads = (torch.get_num_threads(),) if native.suffix == "cpu" else ()

@@ -17,7 +17,9 @@ __all__ = ["SqueezeBranches", "orepa_squeeze", "orepa_squeeze_many"]
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _check_forward(tensors: Sequence[Tensor], layout: Sequence[int], out_dtype: torch.dtype | None, channels_last: bool) -> None:
+def _check_forward(
+    tensors: Sequence[Tensor], layout: Sequence[int], out_dtype: torch.dtype | None, channels_last: bool
+) -> None:
     check_layers(tensors, layout)
     if out_dtype is not None:
         _check.require_floating(OP, out_dtype)
@@ -40,7 +42,12 @@ def _fake_forward(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     first = tensors[0]
     return [
-        torch.empty(kernel_shape(layer), dtype=out_dtype or first.dtype, device=first.device, memory_format=memory_format)
+        torch.empty(
+            kernel_shape(layer),
+            dtype=out_dtype or first.dtype,
+            device=first.device,
+            memory_format=memory_format,
+        )
         for layer in unpack(tensors, layout)
     ]
 
@@ -157,6 +164,17 @@ def orepa_squeeze(
     Raises ValueError or TypeError, naming the tensor, for shapes, dtypes or devices that do not fit together.
     """
     layer = SqueezeBranches(
-        origin, avg, prior, pointwise, reduce, expand, depthwise, project, scale, prior_filter, groups, identity_reduce
+        origin,
+        avg,
+        prior,
+        pointwise,
+        reduce,
+        expand,
+        depthwise,
+        project,
+        scale,
+        prior_filter,
+        groups,
+        identity_reduce,
     )
     return orepa_squeeze_many([layer], out_dtype=out_dtype, memory_format=memory_format)[0]

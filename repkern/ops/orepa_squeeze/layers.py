@@ -9,7 +9,15 @@ import torch
 
 from repkern.ops import _check
 
-__all__ = ["BRANCH_NAMES", "GRADIENT_FIELDS", "SqueezeBranches", "check_layers", "kernel_shape", "pack", "unpack"]
+__all__ = [
+    "BRANCH_NAMES",
+    "GRADIENT_FIELDS",
+    "SqueezeBranches",
+    "check_layers",
+    "kernel_shape",
+    "pack",
+    "unpack",
+]
 
 OP = "orepa_squeeze"
 BRANCH_NAMES = ("origin", "avg", "prior", "1x1-KxK", "1x1", "dw-pw")
@@ -69,7 +77,9 @@ class SqueezeBranches(NamedTuple):
 
 def kernel_shape(layer: SqueezeBranches) -> tuple[int, int, int, int]:
     """(Co, Ci/g, K, K) of the squeezed kernel. ValueError when the branches present do not determine it."""
-    spatial = next((t for t in (layer.origin, layer.expand, layer.depthwise, layer.prior_filter) if t is not None), None)
+    spatial = next(
+        (t for t in (layer.origin, layer.expand, layer.depthwise, layer.prior_filter) if t is not None), None
+    )
     input_side = (layer.origin, layer.avg, layer.prior, layer.pointwise, layer.reduce)
     channels = next((t for t in input_side if t is not None), None)
     output_side = (layer.origin, layer.avg, layer.prior, layer.pointwise, layer.expand)
@@ -80,7 +90,11 @@ def kernel_shape(layer: SqueezeBranches) -> tuple[int, int, int, int]:
             f"{OP}: the branches given ({', '.join(names) or 'none'}) do not determine [Co, Ci/g, K, K]; "
             "pass `origin` too, zeros will do"
         )
-    for name, tensor, wanted in (("spatial", spatial, (3, 4)), ("channel", channels, (2, 4)), ("filter", filters, (2, 4))):
+    for name, tensor, wanted in (
+        ("spatial", spatial, (3, 4)),
+        ("channel", channels, (2, 4)),
+        ("filter", filters, (2, 4)),
+    ):
         if tensor.dim() not in wanted:
             raise ValueError(f"{OP}: a {name} branch tensor has shape {tuple(tensor.shape)}, which no branch has")
     k = spatial.shape[-1]
@@ -170,9 +184,10 @@ def _check_shapes(layer: SqueezeBranches, co: int, cig: int, k: int) -> None:
         wanted |= {"depthwise": (channels, k, k), "project": (co, channels // g)}
     if layer.scale is not None:
         rows = layer.scale.shape[0] if layer.scale.dim() else 0
-        allowed = {len(BRANCH_NAMES), sum(layer.present)}
+        allowed = (sum(layer.present), len(BRANCH_NAMES))
         if rows not in allowed:
-            raise ValueError(f"{OP}: `scale` must have {' or '.join(map(str, sorted(allowed)))} rows, got shape {tuple(layer.scale.shape)}")
+            rows_wanted = " or ".join(map(str, sorted(set(allowed))))
+            raise ValueError(f"{OP}: `scale` must have {rows_wanted} rows, got shape {tuple(layer.scale.shape)}")
         wanted["scale"] = (rows, co)
     for name, shape in wanted.items():
         tensor = getattr(layer, name)

@@ -27,11 +27,13 @@ def orepa_squeeze_many(
     layers = unpack(tensors, layout)
     dtype, device = tensors[0].dtype, tensors[0].device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    kernels = [
-        torch.empty(kernel_shape(layer), dtype=out_dtype or dtype, device=device, memory_format=memory_format)
-        for layer in layers
-    ]
-    arguments = ([kernel.data_ptr() for kernel in kernels], DTYPE_CODE[dtype], DTYPE_CODE[out_dtype or dtype], channels_last)
+    kernels = [_check.empty(kernel_shape(layer), out_dtype or dtype, device, memory_format) for layer in layers]
+    arguments = (
+        [kernel.data_ptr() for kernel in kernels],
+        DTYPE_CODE[dtype],
+        DTYPE_CODE[out_dtype or dtype],
+        channels_last,
+    )
     _call(native, "orepa_squeeze_forward", _layer_fields(layers), arguments, dtype, device)
     return kernels
 
@@ -57,7 +59,12 @@ def orepa_squeeze_many_backward(
 
 
 def _call(
-    native: Native, name: str, layers: list[int], arguments: tuple[object, ...], dtype: torch.dtype, device: torch.device
+    native: Native,
+    name: str,
+    layers: list[int],
+    arguments: tuple[object, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Allocate the workspace the kernel asks for, then run it with its threads or its stream."""
     threads = (torch.get_num_threads(),) if native.suffix == "cpu" else ()
@@ -96,7 +103,7 @@ def _empty_gradients(layer: SqueezeBranches) -> dict[str, Tensor | None]:
     gradients: dict[str, Tensor | None] = {}
     for name in GRADIENT_FIELDS:
         tensor = getattr(layer, name)
-        gradients[name] = None if tensor is None else torch.empty_like(tensor)
+        gradients[name] = None if tensor is None else _check.empty(tensor.shape, tensor.dtype, tensor.device)
     scale = gradients["scale"]
     if scale is not None and scale.shape[0] != sum(layer.present):
         scale.zero_()  # rows of absent branches

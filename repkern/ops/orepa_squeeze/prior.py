@@ -10,7 +10,11 @@ __all__ = ["dct_filter"]
 
 
 def dct_filter(
-    out_channels: int, kernel_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    out_channels: int,
+    kernel_size: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """[Co, K, K]: rows of cosines along h for channels below floor(Co/2), along w for the rest.
 

@@ -1,4 +1,4 @@
-"""orepa_squeeze in plain torch: the meaning. Any device, any floating dtype; the math is in docs/ops/orepa_squeeze.md."""
+"""orepa_squeeze in plain torch: the meaning, on any device and dtype (math: docs/ops/orepa_squeeze.md)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,57 @@
+"""What holds for every test: NaN in fresh memory, guard bytes around native outputs, no TF32, warnings are errors."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Must be set before triton is imported for the first time.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from repkern.ops import _check
+
+GUARD = 64  # elements on either side
+_GUARD_BYTE = 0xA5
+
+
+def pytest_configure(config):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty():
+    """torch.empty gives NaN, so an output element that a kernel forgets shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _guarded_outputs(monkeypatch):
+    """Every buffer that native code writes to sits between guard bytes, checked when the test ends."""
+    buffers = []
+
+    def guarded(shape, dtype, device, memory_format=torch.contiguous_format):
+        like = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format)
+        count = like.numel()
+        size = dtype.itemsize
+        raw = torch.full(((count + 2 * GUARD) * size,), _GUARD_BYTE, dtype=torch.uint8, device=device)
+        raw[GUARD * size : (GUARD + count) * size] = 0xFF  # NaN in every floating dtype
+        buffers.append((raw, GUARD * size, (GUARD + count) * size))
+        return raw.view(dtype).as_strided(like.shape, like.stride(), GUARD)
+
+    monkeypatch.setattr(_check, "empty", guarded)
+    yield
+    for raw, begin, end in buffers:
+        assert bool((raw[:begin] == _GUARD_BYTE).all()), "a native kernel wrote before its output"
+        assert bool((raw[end:] == _GUARD_BYTE).all()), "a native kernel wrote past its output"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
