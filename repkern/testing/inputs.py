@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repkern.ops._library import Op
+from repkern.ops._sample import Sample
 
 __all__ = ["Sample", "as_float", "map_tensors", "noncontiguous", "samples_of"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Arguments of one call of an op, tensors in float64 on the CPU.
-
-    lengths: for every output, the number of products in its longest sum. slow: left out for interpreted backends.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    lengths: tuple[int, ...]
-    out_dtype: torch.dtype | None = None
-    slow: bool = False
-    tags: tuple[str, ...] = field(default=())
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def samples_of(op: Op) -> list[Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from repkern.testing.inputs import Sample
+from repkern.ops._sample import Sample
 
 __all__ = ["samples"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -123,7 +123,7 @@ def unpack(tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> list[Squee
     at = 0
     for start in range(0, len(layout), INTS_PER_LAYER):
         mask, groups, identity = layout[start : start + INTS_PER_LAYER]
-        fields: list[torch.Tensor | None] = []
+        fields: list[Any] = []
         for bit in range(len(_TENSOR_FIELDS)):
             if mask >> bit & 1:
                 if at >= len(tensors):
@@ -132,7 +132,7 @@ def unpack(tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> list[Squee
                 at += 1
             else:
                 fields.append(None)
-        layers.append(SqueezeBranches(*fields, groups=groups, identity_reduce=bool(identity)))
+        layers.append(SqueezeBranches(*fields, groups, bool(identity)))
     if at != len(tensors):
         raise ValueError(f"{OP}: {len(tensors)} tensors were given but layout names {at}")
     return layers
@@ -143,7 +143,7 @@ def check_layers(tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> list
     layers = unpack(tensors, layout)
     if not layers:
         raise ValueError(f"{OP}: the list of layers is empty")
-    named = {f"tensor {i}": t for i, t in enumerate(tensors)}
+    named: dict[str, Any] = {f"tensor {i}": t for i, t in enumerate(tensors)}
     if any(t.dtype != tensors[0].dtype or t.device != tensors[0].device for t in tensors):
         named = {f"layers[{n}].{f}": t for n, la in enumerate(layers) for f, t in zip(_TENSOR_FIELDS, la, strict=False)}
     _check.require_same(OP, named, (torch.float32, torch.float64))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from repkern.ops._sample import Sample
 from repkern.ops.orepa_squeeze.layers import SqueezeBranches, kernel_shape, pack
 from repkern.ops.orepa_squeeze.prior import dct_filter
-from repkern.testing.inputs import Sample
 
 __all__ = ["random_layer", "samples"]
 
@@ -54,7 +55,8 @@ def random_layer(
         identity_reduce=identity_reduce,
     )
     for branch in without:
-        layer = layer._replace(**dict.fromkeys(_PAIRED.get(branch, (branch,))))
+        absent: dict[str, Any] = dict.fromkeys(_PAIRED.get(branch, (branch,)))
+        layer = layer._replace(**absent)
     rows = {"vector": 6, "compact": sum(layer.present), "none": 0}[scale]
     return layer._replace(scale=random(rows, co) if rows else None)
 
