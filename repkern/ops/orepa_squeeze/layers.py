@@ -132,7 +132,7 @@ def unpack(tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> list[Squee
                 at += 1
             else:
                 fields.append(None)
-        layers.append(SqueezeBranches(*fields, groups, bool(identity)))
+        layers.append(SqueezeBranches(*fields, groups, bool(identity)))  # type: ignore[call-arg]
     if at != len(tensors):
         raise ValueError(f"{OP}: {len(tensors)} tensors were given but layout names {at}")
     return layers
