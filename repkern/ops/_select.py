@@ -29,7 +29,16 @@ _DEVICES: dict[str, tuple[str, ...] | None] = {
 }
 
 _logger = logging.getLogger("repkern")
-_forced = os.environ.get("REPKERN_BACKEND", "auto")
+
+
+def _from_environment() -> str:
+    name = os.environ.get("REPKERN_BACKEND") or "auto"
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"REPKERN_BACKEND names backend {name!r}; choose auto, {', '.join(BACKENDS)}")
+    return name
+
+
+_forced = _from_environment()
 
 
 def _interpreted() -> bool:
