@@ -11,7 +11,8 @@ if(REPKERN_SANITIZE)
 endif()
 
 function(repkern_add_module name)
-  pybind11_add_module(${name} MODULE csrc/bind/module.cpp ${ARGN})
+  # NO_EXTRAS: no link-time optimization, which would mix code built for different instruction sets.
+  pybind11_add_module(${name} MODULE NO_EXTRAS csrc/bind/module.cpp ${ARGN})
   target_include_directories(${name} PRIVATE csrc)
   target_compile_definitions(${name} PRIVATE REPKERN_MODULE_NAME=${name})
 endfunction()

@@ -1,0 +1,133 @@
+// Operations on rows, for one instruction set: REPKERN_ISA_NAMESPACE is that of the vectors already included.
+// `n` counts elements; nothing is read or written past them. "flat" is [lane][row] in memory, "split" is [row][lane].
+#include <cstdint>
+
+#include "common/simd/half.h"
+#include "common/types.h"
+
+namespace repkern {
+namespace REPKERN_ISA_NAMESPACE {
+
+template <class T>
+struct Rows {
+  using V = Vec<T>;
+  using Reg = typename V::Reg;
+  static constexpr int W = V::width;
+
+  static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  // y += a x
+  static void axpy(T* y, const T* x, T a, int64_t n) {
+    const Reg factor = V::set1(a);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) V::store(y + j, V::fma(factor, V::load(x + j), V::load(y + j)));
+    if (j < n) V::store_n(y + j, V::fma(factor, V::load_n(x + j, n - j), V::load_n(y + j, n - j)), n - j);
+  }
+
+  // y = a x
+  static void scale(T* y, const T* x, T a, int64_t n) {
+    const Reg factor = V::set1(a);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) V::store(y + j, V::mul(factor, V::load(x + j)));
+    if (j < n) V::store_n(y + j, V::mul(factor, V::load_n(x + j, n - j)), n - j);
+  }
+
+  // y = a x; returns sum z x, the gradient of a.
+  static T scale_dot(T* y, const T* x, const T* z, T a, int64_t n) {
+    const Reg factor = V::set1(a);
+    Reg total[2] = {V::zero(), V::zero()};
+    int64_t j = 0;
+    for (int turn = 0; j + W <= n; j += W, turn ^= 1) {
+      const Reg v = V::load(x + j);
+      V::store(y + j, V::mul(factor, v));
+      total[turn] = V::fma(v, V::load(z + j), total[turn]);
+    }
+    if (j < n) {
+      const Reg v = V::load_n(x + j, n - j);
+      V::store_n(y + j, V::mul(factor, v), n - j);
+      total[0] = V::fma(v, V::load_n(z + j, n - j), total[0]);
+    }
+    return V::sum(V::add(total[0], total[1]));
+  }
+
+  static T dot(const T* x, const T* y, int64_t n) {
+    Reg total = V::zero();
+    int64_t j = 0;
+    for (; j + W <= n; j += W) total = V::fma(V::load(x + j), V::load(y + j), total);
+    if (j < n) total = V::fma(V::load_n(x + j, n - j), V::load_n(y + j, n - j), total);
+    return V::sum(total);
+  }
+
+  static T sum(const T* x, int64_t n) {
+    Reg total = V::zero();
+    int64_t j = 0;
+    for (; j + W <= n; j += W) total = V::add(V::load(x + j), total);
+    if (j < n) total = V::add(V::load_n(x + j, n - j), total);
+    return V::sum(total);
+  }
+
+  static void clear(T* x, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) x[j] = 0;
+  }
+
+  // split[r][lane] = flat[lane][r] for `lanes` <= W lanes and `rows` rows; lanes beyond are set to zero.
+  // `pitch`: elements from one lane's row in `flat` to the next; `stride`: from one row of `split` to the next.
+  static void split(const T* flat, int64_t pitch, int64_t lanes, int64_t rows, T* to, int64_t stride) {
+    using Q = Quads<T>;
+    if (Q::size > 0 && lanes == W && rows >= Q::size) {
+      int64_t r = 0;
+      for (; r + Q::size <= rows; r += Q::size) Q::split(flat + r, pitch, to + r * stride, stride);
+      for (; r < rows; ++r) {
+        for (int lane = 0; lane < W; ++lane) to[r * stride + lane] = flat[lane * pitch + r];
+      }
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t lane = 0; lane < lanes; ++lane) to[r * stride + lane] = flat[lane * pitch + r];
+      for (int64_t lane = lanes; lane < W; ++lane) to[r * stride + lane] = 0;
+    }
+  }
+
+  // flat[lane][r] = split[r][lane]: the inverse.
+  static void join(const T* from, int64_t stride, int64_t lanes, int64_t rows, T* flat, int64_t pitch) {
+    using Q = Quads<T>;
+    if (Q::size > 0 && lanes == W && rows >= Q::size) {
+      int64_t r = 0;
+      for (; r + Q::size <= rows; r += Q::size) Q::join(from + r * stride, stride, flat + r, pitch);
+      for (; r < rows; ++r) {
+        for (int lane = 0; lane < W; ++lane) flat[lane * pitch + r] = from[r * stride + lane];
+      }
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t lane = 0; lane < lanes; ++lane) flat[lane * pitch + r] = from[r * stride + lane];
+    }
+  }
+
+  // Writes `n` elements as `dtype` at element `at` of `out`. Like torch, float64 goes to 16 bits through float32.
+  static void store_as(void* out, int64_t at, DType dtype, const T* x, int64_t n) {
+    if (dtype == DType::f64) {
+      double* to = static_cast<double*>(out) + at;
+      for (int64_t j = 0; j < n; ++j) to[j] = static_cast<double>(x[j]);
+    } else if (dtype == DType::f32) {
+      float* to = static_cast<float*>(out) + at;
+      for (int64_t j = 0; j < n; ++j) to[j] = static_cast<float>(x[j]);
+    } else {
+      constexpr int kBlock = 64;
+      uint16_t* to = static_cast<uint16_t*>(out) + at;
+      for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t count = lesser(kBlock, n - start);
+        float block[kBlock];
+        for (int64_t j = 0; j < count; ++j) block[j] = static_cast<float>(x[start + j]);
+        if (dtype == DType::f16) {
+          store_f16(to + start, block, count);
+        } else {
+          for (int64_t j = 0; j < count; ++j) to[start + j] = bfloat16_bits(block[j]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace REPKERN_ISA_NAMESPACE
+}  // namespace repkern
