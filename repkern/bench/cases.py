@@ -1,0 +1,120 @@
+"""What is measured: cases read from one line of text each, with their arithmetic and traffic counted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["DEFAULT_CASES", "Case", "Layer", "load_cases", "parse_cases"]
+
+# name  op  layers: co,ci,k,groups[*count] ...; compose_sequential: cm,ci,k1,groups co,cm,k2,groups
+DEFAULT_CASES = """
+c64            orepa_squeeze       64,64,3,1
+c128           orepa_squeeze       128,128,3,1
+c256           orepa_squeeze       256,256,3,1
+c512           orepa_squeeze       512,512,3,1
+c256_g4        orepa_squeeze       256,256,3,4
+c128_k5        orepa_squeeze       128,128,5,1
+c256_depthwise orepa_squeeze       256,256,3,256
+c256_1x1       orepa_squeeze       256,256,1,1
+resnet18       orepa_squeeze_many 64,64,3,1*4 128,64,3,1 128,128,3,1*3 256,128,3,1 256,256,3,1*3 \
+                                   512,256,3,1 512,512,3,1*3
+repvgg_a0      orepa_squeeze_many 48,3,3,1 48,48,3,1*2 96,48,3,1 96,96,3,1*3 192,96,3,1 192,192,3,1*13 1280,192,3,1
+stem_5x5       compose_sequential  64,3,3,1 64,64,3,1
+stem_7x7       compose_sequential  64,3,5,1 64,64,3,1
+"""
+
+_OPS = ("orepa_squeeze", "orepa_squeeze_many", "compose_sequential")
+_LAYER = re.compile(r"(\d+),(\d+),(\d+),(\d+)(?:\*(\d+))?")
+_MAX_GROUPS_WITH_ONE_SET = 4  # the released rule for the internal channels: twice as many beyond this
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sizes of one layer; an OREPA layer of kernel size 1 has only the origin and 1x1-1x1 branches."""
+
+    co: int
+    ci: int
+    k: int
+    groups: int
+
+    @property
+    def cm(self) -> int:
+        """Internal channels of the 1x1-KxK branch."""
+        return self.ci if self.groups <= _MAX_GROUPS_WITH_ONE_SET else 2 * self.ci
+
+    @property
+    def expansion(self) -> int:
+        """Channels of the depthwise stage per input channel; 0 when there is no such branch."""
+        return 8 if self.k > 1 else 0
+
+    @property
+    def branches(self) -> int:
+        """How many of the six branches exist."""
+        return 6 if self.k > 1 else 2
+
+    def squeeze_flops(self) -> int:
+        """Multiplications and additions of one squeeze: the 1x1-KxK product, dw-pw, and the scaled sum."""
+        pairs = self.co * self.ci // self.groups
+        return 2 * pairs * self.k**2 * (self.cm // self.groups + self.expansion + self.branches)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a shapes file."""
+
+    name: str
+    op: str
+    layers: tuple[Layer, ...]
+
+    def flops(self, what: str) -> int:
+        """Of "forward", "backward" (twice the forward: two products for one) or "forward+backward"."""
+        if self.op == "compose_sequential":
+            first, second = self.layers
+            forward = 2 * second.co * second.ci // second.groups * first.ci // first.groups * (first.k * second.k) ** 2
+        else:
+            forward = sum(layer.squeeze_flops() for layer in self.layers)
+        return {"forward": 1, "backward": 2, "forward+backward": 3}[what] * forward
+
+
+def parse_cases(text: str, source: str = "cases") -> list[Case]:
+    """The cases in `text`, one a line, `#` starts a comment. ValueError names the line that cannot be read."""
+    cases: list[Case] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        where = f"{source}, line {number}"
+        if len(words) < 3 or words[1] not in _OPS:
+            raise ValueError(
+                f"{where}: wanted `name op co,ci,k,groups[*count] ...` with op one of {', '.join(_OPS)}, got {line!r}"
+            )
+        layers = tuple(layer for word in words[2:] for layer in _parse_layer(word, where))
+        _check_case(words[1], layers, where)
+        cases.append(Case(words[0], words[1], layers))
+    return cases
+
+
+def load_cases(path: Path | None) -> list[Case]:
+    """The cases of a shapes file; the default ones without a path. OSError or ValueError when it cannot be read."""
+    return parse_cases(DEFAULT_CASES) if path is None else parse_cases(path.read_text(), path.name)
+
+
+def _parse_layer(word: str, where: str) -> list[Layer]:
+    match = _LAYER.fullmatch(word)
+    if match is None:
+        raise ValueError(f"{where}: a layer is co,ci,k,groups or co,ci,k,groups*count, got {word!r}")
+    co, ci, k, groups = (int(part) for part in match.groups()[:4])
+    if min(co, ci, k, groups) < 1 or co % groups or ci % groups or k % 2 == 0:
+        raise ValueError(f"{where}: sizes must be positive, k odd and channels multiples of groups, got {word!r}")
+    return [Layer(co, ci, k, groups)] * int(match.group(5) or 1)
+
+
+def _check_case(op: str, layers: tuple[Layer, ...], where: str) -> None:
+    if op == "orepa_squeeze" and len(layers) != 1:
+        raise ValueError(f"{where}: orepa_squeeze takes one layer, got {len(layers)}; use orepa_squeeze_many")
+    if op != "compose_sequential":
+        return
+    if len(layers) != 2 or layers[1].ci != layers[0].co or layers[0].groups != layers[1].groups:
+        raise ValueError(f"{where}: compose_sequential takes two layers that fit together, got {layers}")

@@ -1,0 +1,41 @@
+"""Peak memory of a piece of work: what torch's profiler saw allocated on the CPU, the allocator's count on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["live_bytes", "peak_bytes"]
+
+
+def live_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def peak_bytes(run: Callable[[], object], resident: Iterable[Tensor], device: str) -> int:
+    """The most bytes alive at once while `run()` runs, `resident` tensors included.
+
+    `resident`: all that lives before and after. On a CPU every allocation and release that passes through torch's
+    allocator is summed in order (scratch memory that oneDNN or MKL take for themselves does not pass through it).
+    """
+    held = live_bytes(resident)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return held + torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    result = profile.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in result.events() if e.name() == "[memory]"]
+    peak = now = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        now += change
+        peak = max(peak, now)
+    return held + peak

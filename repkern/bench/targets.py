@@ -1,0 +1,61 @@
+"""The targets of this project as data, and one function that says how far a measured value is from its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Target", "ops_target", "peak_target", "train_target", "verdict"]
+
+_BOTH = "forward+backward"
+_SQUARE = ("c64", "c128", "c256", "c512")
+
+
+@dataclass(frozen=True)
+class Target:
+    """`value` is a least value, or a most when `at_most`."""
+
+    value: float
+    unit: str
+    at_most: bool = False
+
+    def __str__(self) -> str:
+        return f"{'<=' if self.at_most else '>='} {self.value:g} {self.unit}"
+
+
+_SPEEDUPS = {
+    ("cpu", "eager"): dict.fromkeys(_SQUARE, 3.0),
+    ("cpu", "compile"): dict.fromkeys(_SQUARE, 2.0),
+    ("cuda", "eager"): {"resnet18": 20.0},
+}
+_PEAK_PERCENT = dict.fromkeys(("c256", "c512"), 60.0)
+_MICROSECONDS = {"resnet18": 300.0, "repvgg_a0": 130.0}
+_STEP_RATIOS = {"resnet18_b32_224": 1.10, "resnet18_b16_128": 1.6}
+
+
+def ops_target(device: str, case: str, what: str, baseline: str) -> Target | None:
+    """The least speed-up of the squeeze over `baseline`, or None."""
+    value = _SPEEDUPS.get((device, baseline), {}).get(case) if what == _BOTH else None
+    return None if value is None else Target(value, f"x {baseline}")
+
+
+def peak_target(device: str, case: str, what: str) -> Target | None:
+    """What forward+backward must reach by itself: percent of FMA peak on a CPU, microseconds on a GPU."""
+    if what != _BOTH:
+        return None
+    if device == "cpu":
+        return Target(_PEAK_PERCENT[case], "% of peak") if case in _PEAK_PERCENT else None
+    return Target(_MICROSECONDS[case], "us", at_most=True) if case in _MICROSECONDS else None
+
+
+def train_target(device: str, case: str) -> Target | None:
+    """The largest step time of the OREPA network as a multiple of the plain one's, or None."""
+    value = _STEP_RATIOS.get(case) if device == "cpu" else None
+    return None if value is None else Target(value, "x plain", at_most=True)
+
+
+def verdict(target: Target | None, measured: float) -> str:
+    """ "ok", or "short by" the gap as a share of the target; empty without a target."""
+    if target is None:
+        return ""
+    gap = (measured - target.value if target.at_most else target.value - measured) / target.value
+    return "ok" if gap <= 0 else f"short by {100 * gap:.1f} %"
