@@ -2,8 +2,9 @@
 
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP threads
 
+from repkern._info import build_info
 from repkern.ops import available_backends, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "available_backends", "use_backend"]
+__all__ = ["__version__", "available_backends", "build_info", "use_backend"]

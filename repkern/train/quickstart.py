@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 from torch import nn
 
 from repkern.models.digits import DigitsNet, save_digits_net
+from repkern.nn import reparameterize, replace_convs
 from repkern.train.config import TrainConfig
 from repkern.train.data import DigitsData, TensorBatches, load_digits
 from repkern.train.engine import Callback, Trainer
-from repkern.train.files import write_atomically
 from repkern.train.measure import median_times, paired_times, peak_memory, resident_bytes
 from repkern.train.reproducible import deterministic, seed_everything
 from repkern.train.schedule import warmup_cosine
@@ -51,10 +50,10 @@ def run_quickstart(
     callbacks: Callable[[str], Sequence[Callback]] = lambda name: (),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Train both networks in `folder`, continuing what is there; deploy, measure, and write all results.
+    """Train both networks in `folder`, continuing what is there; deploy, save plain.safetensors, measure.
 
     `callbacks(name)` is asked for each of FORMS; `say` receives one line at the start of each later stage. Returns
-    what it writes to summary.json. Raises engine.Interrupted, CheckpointError and MissingExtraError.
+    the summary of the run as JSON values. Raises engine.Interrupted, CheckpointError and MissingExtraError.
     """
     began = time.perf_counter()
     with deterministic(config.threads):
@@ -72,14 +71,11 @@ def run_quickstart(
     summary["training_seconds"] = {name: round(sum(row["seconds"] for row in rows[name]), 1) for name in FORMS}
     summary["total_seconds"] = round(time.perf_counter() - began, 1)
     summary["config"] = config.to_dict()
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def make_model(name: str, config: QuickstartConfig) -> nn.Module:
     """The network called `name` in FORMS with its initial values, which depend on the seed alone."""
-    from repkern import replace_convs
-
     seed_everything(config.seed)
     model: nn.Module = DigitsNet(config.widths, config.blocks)
     return model if name == "plain" else replace_convs(model)
@@ -122,7 +118,7 @@ def _deploy(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Add the deployed network to `models`, save it, and say how far it is from the one that was trained."""
-    from repkern import __version__, reparameterize
+    from repkern import __version__
 
     say("Reparameterizing the OREPA network and checking that it still computes the same function")
     images, labels = data.test_images.to(config.device), data.test_labels.to(config.device)

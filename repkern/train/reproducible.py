@@ -25,6 +25,7 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of those generators, in types that `torch.load(weights_only=True)` reads."""
+    keys: Any
     name, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)  # noqa: NPY002
     version, words, next_gauss = random.getstate()
     return {

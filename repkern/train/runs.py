@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from repkern.train.config import TrainConfig
+from repkern.train.files import write_atomically
 
 __all__ = ["Run", "RunError", "open_run"]
 
@@ -32,6 +34,10 @@ class Run(Generic[ConfigT]):
     config: ConfigT
     resumed: bool
     notes: Sequence[str] = ()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, which makes the run a finished one."""
+        write_atomically(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 @contextlib.contextmanager

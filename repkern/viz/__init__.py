@@ -1,0 +1,5 @@
+"""Plots."""
+
+from repkern.viz.curves import plot_curves
+
+__all__ = ["plot_curves"]
