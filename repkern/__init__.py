@@ -3,8 +3,17 @@
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP threads
 
 from repkern._info import build_info
+from repkern.nn import OREPAConv2d, reparameterize, replace_convs
 from repkern.ops import available_backends, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "available_backends", "build_info", "use_backend"]
+__all__ = [
+    "OREPAConv2d",
+    "__version__",
+    "available_backends",
+    "build_info",
+    "reparameterize",
+    "replace_convs",
+    "use_backend",
+]

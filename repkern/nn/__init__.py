@@ -1,0 +1,24 @@
+"""Re-parameterizable blocks, and the conversion of whole models to and from them."""
+
+from repkern.nn import fold
+from repkern.nn.block import RepBlock
+from repkern.nn.convert import ReplaceReport, replace_convs
+from repkern.nn.group import group_squeeze, ungroup_squeeze
+from repkern.nn.orepa import OREPAConv2d
+from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
+from repkern.nn.orepa_repvgg import OREPARepVGGBlock
+from repkern.nn.reparameterize import reparameterize
+
+__all__ = [
+    "OREPABlock",
+    "OREPAConv2d",
+    "OREPADeepStem",
+    "OREPARepVGGBlock",
+    "RepBlock",
+    "ReplaceReport",
+    "fold",
+    "group_squeeze",
+    "reparameterize",
+    "replace_convs",
+    "ungroup_squeeze",
+]

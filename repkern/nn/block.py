@@ -1,0 +1,159 @@
+"""The base of every re-parameterizable block."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repkern.nn.fold import KernelBias
+from repkern.nn.geometry import Geometry
+
+__all__ = ["RepBlock"]
+
+
+class RepBlock(nn.Module):
+    """A block that computes one convolution, and after `fuse()` is one.
+
+    Subclasses implement `_fold()`; nothing else is needed for `repkern.reparameterize` to handle them.
+    Attributes as in nn.Conv2d: in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode.
+    """
+
+    #: Whether the block ends in a norm of its own (so one that follows it in the user's net is a second one).
+    has_norm: bool = True
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+
+    def __init__(self, geometry: Geometry, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        for name, value in zip(geometry._fields[:-1], geometry, strict=False):
+            setattr(self, name, value)
+        self._pad = geometry.pad
+        if activation is not None and not isinstance(activation, nn.Module):
+            raise TypeError(f"activation must be an nn.Module instance or None, got {activation!r}")
+        self.activation = activation
+
+    def _fold(self) -> KernelBias:
+        """(weight, bias or None) of the equivalent convolution, differentiable where the block's parameters are."""
+        raise NotImplementedError
+
+    @property
+    def _deployed_bias(self) -> bool:
+        """Whether the plain convolution has a bias."""
+        return True
+
+    def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """(weight [Co, Ci/g, K, K], bias [Co]) of the convolution this block computes in eval mode (activation aside).
+
+        The bias is zeros where the block has none. Differentiable.
+        """
+        weight, bias = self._fold()
+        return weight, weight.new_zeros(self.out_channels) if bias is None else bias
+
+    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Change the block's parameters so that `equivalent_kernel_bias()` gives these, within rounding.
+
+        weight [Co, Ci/g, K, K], bias [Co] or None (zeros). The branches keep their values; one of them takes the rest.
+        """
+        raise ValueError(f"{type(self).__name__} cannot start as a given convolution (preserve=True)")
+
+    def adopt_norm(self, norm: nn.Module) -> bool:
+        """Make `norm` this block's own last norm. False where the block's norms are of another kind."""
+        return False
+
+    def set_kernel_before_norm(self, weight: Tensor, bias: Tensor | None) -> None:
+        """As `set_equivalent_kernel_bias`, for the convolution before an adopted norm."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> RepBlock:
+        """A fresh block in place of `conv`: its geometry, dtype and device, not its weights."""
+        return cls(  # type: ignore[call-arg]
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            padding_mode=conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The plain module with this block's function: nn.Conv2d, or `conv` and `activation` in an nn.Sequential.
+
+        Same dtype, device and training flag; its parameters require gradients if any of the block's does.
+        Batch norms are folded with their running statistics. The block itself is left as it is.
+        """
+        weight, bias = self._fold()
+        trainable = any(parameter.requires_grad for parameter in self.parameters())
+        conv = nn.utils.skip_init(
+            nn.Conv2d,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self._deployed_bias,
+            self.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=trainable)
+        if self._deployed_bias:
+            bias = weight.new_zeros(self.out_channels) if bias is None else bias
+            conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=trainable)
+        conv.train(self.training)
+        if self.activation is None:
+            return conv
+        fused = nn.Sequential(OrderedDict(conv=conv, activation=self.activation))
+        fused.training = self.training
+        return fused
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """This block's convolution with the given weight."""
+        self._check_input(x)
+        if self.padding_mode == "zeros":
+            return functional.conv2d(x, weight, bias, self.stride, self._pad, self.dilation, self.groups)
+        return functional.conv2d(self._padded(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        height, width = self._pad
+        return functional.pad(x, (width, width, height, height), mode=self.padding_mode)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}: the input must be [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], "
+                f"got {tuple(x.shape)}"
+            )
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return x if self.activation is None else self.activation(x)
+
+    def extra_repr(self) -> str:
+        """As nn.Conv2d prints itself."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if self._pad != (0, 0):
+            text += f", padding={self.padding}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        return text

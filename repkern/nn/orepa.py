@@ -1,0 +1,362 @@
+"""OREPAConv2d: the drop-in for nn.Conv2d whose kernel is squeezed from up to six branches every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repkern.nn.block import RepBlock
+from repkern.nn.fold import KernelBias, dct_kernel, identity_kernel
+from repkern.nn.geometry import Pair, check_dtype, check_geometry
+from repkern.ops import SqueezeBranches, orepa_squeeze_many
+from repkern.ops.orepa_squeeze.layers import BRANCH_NAMES
+
+__all__ = ["SCALINGS", "GroupedKernel", "OREPAConv2d"]
+
+SCALINGS = ("vector", "scalar", "none")
+# Paper, supplement 2.1; for K = 1 (Rep-1x1) the released code, since the paper gives no values.
+INITIAL_SCALE = {"origin": 0.25, "avg": 0.5, "prior": 0.0, "1x1-KxK": 0.5, "1x1": 1.0, "dw-pw": 0.5}
+INITIAL_SCALE_1X1 = {"origin": 1.0, "1x1-KxK": 0.5}
+# The parameter that is linear in the branch's output and so can take over its scale.
+_LAST_PARAMETER = {
+    "origin": "origin", "avg": "avg", "prior": "prior", "1x1-KxK": "expand", "1x1": "pointwise", "dw-pw": "project",
+}  # fmt: skip
+
+
+class GroupedKernel(NamedTuple):
+    """A kernel that `group_squeeze` made for the forward in progress, and whether it carries gradients."""
+
+    kernel: Tensor
+    with_grad: bool
+
+
+def _check_branches(branches: Sequence[str] | None, kernel_size: int) -> tuple[str, ...]:
+    possible = tuple(INITIAL_SCALE_1X1) if kernel_size == 1 else BRANCH_NAMES
+    if branches is None:
+        return possible
+    unknown = [name for name in branches if name not in possible]
+    if unknown or "origin" not in branches or len(set(branches)) != len(branches):
+        raise ValueError(
+            f"branches must name 'origin' and any of {', '.join(possible)} once each for kernel size {kernel_size}, "
+            f"got {tuple(branches)}"
+        )
+    return tuple(name for name in possible if name in branches)
+
+
+class OREPAConv2d(RepBlock):
+    """nn.Conv2d, trained as the six linear branches of OREPA (paper 2204.00826, Fig. 6), computed as one convolution.
+
+    Arguments and attributes as nn.Conv2d, with `padding` an integer, a pair, "same" or "valid". kernel_size: any odd K,
+    an integer or a square pair; K = 1 is the paper's Rep-1x1 (origin + 1x1-1x1). There is no norm inside; the norm that
+    follows it in the network is the post-addition norm the paper needs.
+
+    scaling: "vector" (per branch and output channel, the default), "scalar" (per branch) or "none" (paper, Table 3).
+    internal_channels: Cm of the 1x1-KxK branch; default Ci, or 2 Ci from more than 4 groups on (as released); for K = 1
+    min(Ci, Co). expansion: filters per input channel of the dw-pw branch. branches: which of
+    ("origin", "avg", "prior", "1x1-KxK", "1x1", "dw-pw") exist; default all.
+
+    Parameters (absent ones are None), B branches: origin [Co, Ci/g, K, K], avg, prior, pointwise [Co, Ci/g],
+    reduce [Cm, Ci/g] (for K > 1 the deviation from an identity), expand [Co, Cm/g, K, K], depthwise [Ci*e, K, K],
+    project [Co, Ci/g*e], scale [B, Co] or [B, 1], bias [Co]. Buffer: prior_filter [Co, K, K], saved only when it is not
+    the paper's. With dtype float32 and autocast the kernel comes out in autocast's dtype.
+
+    Input [N, Ci, H, W] or [Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
+    """
+
+    has_norm = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: str | Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scaling: str = "vector",
+        internal_channels: int | None = None,
+        expansion: int = 8,
+        branches: Sequence[str] | None = None,
+    ) -> None:
+        check_dtype(dtype)
+        super().__init__(
+            check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        )
+        if scaling not in SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+        if expansion < 1:
+            raise ValueError(f"expansion must be at least 1, got {expansion}")
+        self.scaling = scaling
+        self.expansion = expansion
+        self.branches = _check_branches(branches, self.kernel_size[0])
+        self.internal_channels = self._check_internal(internal_channels)
+        self._register_parameters(bias, {"device": device, "dtype": dtype})
+        # Parameters stay contiguous, which is what the kernels read; channels_last is only remembered.
+        self._memory_format = torch.contiguous_format
+        self.grouped: GroupedKernel | None = None
+        self._last_format = torch.contiguous_format
+        self._grouped_with_grad = False
+        self.reset_parameters()
+
+    def _check_internal(self, internal_channels: int | None) -> int:
+        if internal_channels is None:
+            if self.kernel_size[0] == 1:
+                return min(self.in_channels, self.out_channels)
+            return self.in_channels if self.groups <= 4 else 2 * self.in_channels
+        if internal_channels < 1 or internal_channels % self.groups:
+            raise ValueError(
+                f"internal_channels (={internal_channels}) must be a positive multiple of groups (={self.groups})"
+            )
+        return internal_channels
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        co, cig, k, cm = self.out_channels, self.in_channels // self.groups, self.kernel_size[0], self.internal_channels
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "origin": ("origin", (co, cig, k, k)),
+            "avg": ("avg", (co, cig)),
+            "prior": ("prior", (co, cig)),
+            "pointwise": ("1x1", (co, cig)),
+            "reduce": ("1x1-KxK", (cm, cig)),
+            "expand": ("1x1-KxK", (co, cm // self.groups, k, k)),
+            "depthwise": ("dw-pw", (self.in_channels * self.expansion, k, k)),
+            "project": ("dw-pw", (co, cig * self.expansion)),
+        }
+        return {name: shape for name, (branch, shape) in shapes.items() if branch in self.branches}
+
+    def _register_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+        shapes = self._shapes()
+        if self.scaling != "none":
+            shapes["scale"] = (len(self.branches), self.out_channels if self.scaling == "vector" else 1)
+        if bias:
+            shapes["bias"] = (self.out_channels,)
+        names = ("origin", "avg", "prior", "pointwise", "reduce", "expand", "depthwise", "project", "scale", "bias")
+        for name in names:
+            shape = shapes.get(name)
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **factory)))
+        k = self.kernel_size[0]
+        filters = torch.empty(self.out_channels, k, k, **factory) if "prior" in self.branches else None
+        self.register_buffer("prior_filter", filters, persistent=False)
+
+    @property
+    def identity_reduce(self) -> bool:
+        """Whether `reduce` is the deviation from an identity 1x1: for K > 1, and for Rep-1x1 when Co > Ci."""
+        return self.kernel_size[0] > 1 or self.out_channels > self.in_channels
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values: scales of the paper's supplement (2.1), kaiming-uniform weights, identity 1x1, default prior.
+
+        With scaling="none" each branch's initial scale is multiplied into its last weight instead.
+        """
+        one_by_one = self.kernel_size[0] == 1
+        self._reset_weights(math.sqrt(2.0) if not one_by_one else 1.0)
+        initial = INITIAL_SCALE_1X1 if one_by_one else INITIAL_SCALE
+        for row, branch in enumerate(self.branches):
+            if self.scale is not None:
+                self.scale[row].fill_(initial[branch])
+            else:
+                getattr(self, _LAST_PARAMETER[branch]).mul_(initial[branch])
+        self._reset_prior_filter()
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_channels // self.groups * self.kernel_size[0] ** 2)
+            self.bias.uniform_(-bound, bound)
+
+    def _reset_weights(self, gain: float) -> None:
+        k, per_group = self.kernel_size[0], self.in_channels // self.groups
+        fan_in = {"origin": per_group * k * k, "depthwise": k * k, "project": per_group * self.expansion}
+        fan_in["expand"] = self.internal_channels // self.groups * k * k
+        for name in self._shapes():
+            bound = gain * math.sqrt(3 / fan_in.get(name, per_group))
+            getattr(self, name).uniform_(-bound, bound)
+        if self.reduce is not None and self.identity_reduce:
+            self.reduce.zero_()
+        elif self.expand is not None and self.internal_channels == self.out_channels:
+            self.expand.copy_(identity_kernel(self.out_channels, k, self.groups, dtype=self.expand.dtype))
+
+    def _reset_prior_filter(self) -> None:
+        if self.prior_filter is None:
+            return
+        filters = dct_kernel(self.out_channels, self.kernel_size[0], dtype=self.prior_filter.dtype)
+        self.register_buffer("prior_filter", filters.to(self.prior_filter.device), persistent=False)
+
+    def set_prior_filter(self, filters: Tensor) -> None:
+        """Use other fixed filters [Co, K, K] in the prior branch; from now on they are part of the state_dict."""
+        if self.prior_filter is None or filters.shape != self.prior_filter.shape:
+            wanted = None if self.prior_filter is None else tuple(self.prior_filter.shape)
+            raise ValueError(f"prior_filter must have shape {wanted}, got {tuple(filters.shape)}")
+        own = filters.detach().to(device=self.prior_filter.device, dtype=self.prior_filter.dtype, copy=True)
+        self.register_buffer("prior_filter", own.contiguous(), persistent=True)
+
+    def squeeze_branches(self) -> SqueezeBranches:
+        """This block's tensors as `repkern.ops.orepa_squeeze_many` takes them."""
+        scale = self.scale
+        if scale is not None and self.scaling == "scalar":
+            scale = scale.expand(-1, self.out_channels)
+        return SqueezeBranches(
+            self.origin,
+            self.avg,
+            self.prior,
+            self.pointwise,
+            self.reduce,
+            self.expand,
+            self.depthwise,
+            self.project,
+            scale,
+            self.prior_filter,
+            groups=self.groups,
+            identity_reduce=self.reduce is not None and self.identity_reduce,
+        )
+
+    def squeezed_kernel(
+        self,
+        *,
+        out_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """The kernel [Co, Ci/g, K, K] of this step, with a gradient to every branch."""
+        return orepa_squeeze_many([self.squeeze_branches()], out_dtype=out_dtype, memory_format=memory_format)[0]
+
+    def parameter_kernel(self) -> Tensor:
+        """The kernel in the parameters' dtype: what a larger kernel is composed from."""
+        return self._kernel(self.origin.dtype, self.last_format)
+
+    def kernel_dtype(self, device_type: str) -> torch.dtype:
+        """The dtype conv2d computes in: autocast's for parameters it casts, else the parameters'."""
+        if self.origin.dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.origin.dtype
+
+    def kernel_format(self, x: Tensor | None = None) -> torch.memory_format:
+        """channels_last when the input is, or when this module was converted to it: where nn.Conv2d would use it."""
+        if self._memory_format is torch.channels_last:
+            return torch.channels_last
+        if x is None or x.dim() != 4 or x.is_contiguous():
+            return torch.contiguous_format
+        return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+    @property
+    def last_format(self) -> torch.memory_format:
+        """The memory format that suited the last input, for those who make the kernel before they see the next."""
+        return torch.channels_last if self._memory_format is torch.channels_last else self._last_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One squeeze, one conv2d: [N, Ci, H, W] -> [N, Co, H', W']."""
+        memory_format = self.kernel_format(x)
+        if self.grouped is not None:
+            self._last_format = memory_format
+        return self._conv(x, self._kernel(self.kernel_dtype(x.device.type), memory_format), self.bias)
+
+    def _kernel(self, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        """The kernel made by `group_squeeze` where it fits this call, else a fresh one."""
+        if self.grouped is not None:
+            kernel, with_grad = self.grouped
+            if kernel.dtype == dtype and (with_grad or not torch.is_grad_enabled()):
+                self._grouped_with_grad = torch.is_grad_enabled()
+                return kernel
+            self._grouped_with_grad = False
+        if not (self._grouped_with_grad and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1):
+            return self.squeezed_kernel(out_dtype=dtype, memory_format=memory_format)
+        # Non-reentrant checkpointing recomputes this call inside the backward only to learn what it saved, and the
+        # first time the kernel came ready-made: it must again be a leaf, or more is saved than was.
+        with torch.no_grad():
+            kernel = self.squeezed_kernel(out_dtype=dtype, memory_format=memory_format)
+        return kernel.requires_grad_()
+
+    def _fold(self) -> KernelBias:
+        return self.squeezed_kernel(memory_format=self._memory_format), self.bias
+
+    @property
+    def _deployed_bias(self) -> bool:
+        return self.bias is not None
+
+    def fuse(self) -> nn.Module:
+        """nn.Conv2d with this block's kernel and bias; the bias keeps its own requires_grad."""
+        conv = super().fuse()
+        if self.bias is not None:
+            weights = [p for name, p in self.named_parameters() if name != "bias"]
+            conv.weight.requires_grad_(any(p.requires_grad for p in weights))
+            conv.bias.requires_grad_(self.bias.requires_grad)
+        return conv
+
+    @torch.no_grad()
+    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Solve for `origin`, in float64, so that the squeezed kernel is `weight` within rounding; the rest stays.
+
+        Where origin's scale is 0 there is no solution: ValueError. So is a bias for a block that has none.
+        """
+        wide = torch.float64
+        layer = self.squeeze_branches()
+        fields = [t.to(wide) if isinstance(t, Tensor) else t for t in layer]
+        layer = SqueezeBranches(*fields)  # type: ignore[arg-type]
+        assert layer.origin is not None
+        others = layer._replace(origin=torch.zeros_like(layer.origin))
+        rest = orepa_squeeze_many([others])[0]
+        origin = weight.to(wide) - rest
+        if layer.scale is not None:
+            if not layer.scale[0].all():
+                raise ValueError("the scale of `origin` is 0, so no origin gives the wanted kernel")
+            origin = origin / layer.scale[0][:, None, None, None]
+        self.origin.copy_(origin)
+        if self.bias is not None:
+            self.bias.zero_() if bias is None else self.bias.copy_(bias)
+        elif bias is not None:
+            raise ValueError("the block has no bias to take the wanted one; make it with bias=True")
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> OREPAConv2d:
+        """A fresh OREPAConv2d with the arguments `conv` was made with, its dtype and its device."""
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            conv.weight.device,
+            conv.weight.dtype,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OREPAConv2d:
+        probe = torch.empty(1, 2, 2, 2, dtype=self.origin.dtype, device=self.origin.device)
+        moved = fn(probe.to(memory_format=self._memory_format))
+        super()._apply(fn, recurse)
+        for parameter in self.parameters(recurse=False):
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        channels_last = not moved.is_contiguous() and moved.is_contiguous(memory_format=torch.channels_last)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Filters other than the paper's are in the state_dict; without them the module returns to the paper's.
+        if self.prior_filter is not None:
+            given = state_dict.get(f"{prefix}prior_filter")
+            if given is not None:
+                self.register_buffer("prior_filter", self.prior_filter.clone(), persistent=True)
+            elif "prior_filter" not in self._non_persistent_buffers_set:
+                self._reset_prior_filter()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """As nn.Conv2d prints itself, and what differs from the default block."""
+        text = super().extra_repr()
+        if self.bias is None:
+            text += ", bias=False"
+        if self.scaling != "vector":
+            text += f", scaling={self.scaling}"
+        if self.branches != _check_branches(None, self.kernel_size[0]):
+            text += f", branches={self.branches}"
+        return text

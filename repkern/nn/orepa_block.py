@@ -1,0 +1,177 @@
+"""Blocks of one squeezed convolution, its post-addition norm and an activation: OREPABlock and OREPADeepStem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repkern.nn.block import RepBlock
+from repkern.nn.fold import KernelBias, compose_sequential, fuse_bn
+from repkern.nn.geometry import Geometry, Pair, check_geometry
+from repkern.nn.orepa import OREPAConv2d
+
+__all__ = ["FACTORS", "OREPABlock", "OREPADeepStem"]
+
+FACTORS = ("orepa", "plain")
+
+
+class _NormedBlock(RepBlock):
+    """One convolution, then a BatchNorm `bn`, then the activation."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        activation: nn.Module | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(geometry, activation)
+        self.bn: nn.Module = nn.BatchNorm2d(geometry.out_channels, device=device, dtype=dtype)
+
+    def adopt_norm(self, norm: nn.Module) -> bool:
+        """Use the given BatchNorm, with its statistics, as `bn`."""
+        self.bn = norm
+        return True
+
+    def _normed(self, weight: Tensor) -> KernelBias:
+        return fuse_bn(weight, None, self.bn)  # type: ignore[arg-type]
+
+
+class OREPABlock(_NormedBlock):
+    """activation(BatchNorm(OREPAConv2d(x))): the block of paper 2204.00826, Fig. 6, with its post-addition norm.
+
+    kernel_size: any odd K >= 1. padding: None keeps the size at stride 1. activation: a module or None. The rest as
+    OREPAConv2d, which is the submodule `conv` (no bias); the norm is `bn`.
+    Input [N, Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: str | Pair | None = None,
+        dilation: Pair = 1,
+        groups: int = 1,
+        *,
+        activation: nn.Module | None = None,
+        padding_mode: str = "zeros",
+        scaling: str = "vector",
+        internal_channels: int | None = None,
+        expansion: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = check_geometry(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        super().__init__(geometry, activation, device, dtype)
+        self.conv = OREPAConv2d(
+            *geometry[:7],
+            bias=False,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+            scaling=scaling,
+            internal_channels=internal_channels,
+            expansion=expansion,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, Ci, H, W] -> [N, Co, H', W']."""
+        return self._activate(self.bn(self.conv(x)))
+
+    def _fold(self) -> KernelBias:
+        return self._normed(self.conv._fold()[0])
+
+    @torch.no_grad()
+    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Solve for the origin kernel and the norm's shift; exact in eval mode. ValueError where the norm scales by 0."""
+        norm: Any = self.bn
+        factor, shift = fuse_bn(torch.ones_like(norm.running_mean), None, norm)
+        if not factor.all():
+            raise ValueError("the norm scales a channel by 0, so no kernel before it gives the wanted one")
+        self.conv.set_equivalent_kernel_bias(weight.double() / factor.double()[:, None, None, None], None)
+        norm.bias.add_(-shift if bias is None else bias - shift)
+
+    @torch.no_grad()
+    def set_kernel_before_norm(self, weight: Tensor, bias: Tensor | None) -> None:
+        """The convolution before an adopted norm; its bias moves into the running mean, which is where it shows."""
+        self.conv.set_equivalent_kernel_bias(weight, None)
+        norm: Any = self.bn
+        if bias is not None and norm.running_mean is not None:
+            norm.running_mean.sub_(bias)
+
+
+class OREPADeepStem(_NormedBlock):
+    """activation(BatchNorm(conv)) whose K x K kernel is the composition of stacked 3x3 convolutions (paper, Sec. 3.5).
+
+    kernel_size: odd K >= 5, from (K - 1) / 2 factors; the first maps Ci -> Co, the others Co -> Co, all with `groups`.
+    factors: "orepa" (each factor is an OREPA kernel, as the paper's experiments), "plain", or one of the two per factor.
+    The composition is the true one: equal to the stacked convolutions without padding in between (the released code
+    composes by cross-correlation instead; `repkern.load_checkpoint` flips its factors). The submodules `factors` hold
+    the kernels [.., .., 3, 3], the norm is `bn`. padding: None keeps the size at stride 1.
+    ValueError for arguments that cannot be a stem.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: str | Pair | None = None,
+        dilation: Pair = 1,
+        groups: int = 1,
+        *,
+        activation: nn.Module | None = None,
+        padding_mode: str = "zeros",
+        factors: str | Sequence[str] = "orepa",
+        scaling: str = "vector",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = check_geometry(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        count = (geometry.kernel_size[0] - 1) // 2
+        if count < 2:
+            raise ValueError(
+                f"a deep stem stacks 3x3 kernels: kernel_size must be 5 or more, got {kernel_size}; use OREPABlock"
+            )
+        kinds = [factors] * count if isinstance(factors, str) else list(factors)
+        if len(kinds) != count or any(kind not in FACTORS for kind in kinds):
+            raise ValueError(f"factors must be {' or '.join(map(repr, FACTORS))}, or {count} of them, got {factors!r}")
+        super().__init__(geometry, activation, device, dtype)
+        inputs = [in_channels] + [out_channels] * (count - 1)
+        common: dict[str, Any] = {"padding": 1, "groups": groups, "bias": False, "device": device, "dtype": dtype}
+        self.factors = nn.ModuleList(
+            OREPAConv2d(channels, out_channels, 3, scaling=scaling, **common)
+            if kind == "orepa"
+            else nn.Conv2d(channels, out_channels, 3, **common)
+            for channels, kind in zip(inputs, kinds, strict=True)
+        )
+
+    def composed_kernel(self) -> Tensor:
+        """[Co, Ci/g, K, K], with a gradient to every factor."""
+        kernel, _ = self._factor(self.factors[0])
+        for factor in self.factors[1:]:
+            kernel, _ = compose_sequential((kernel, None), self._factor(factor), groups=self.groups)
+        return kernel
+
+    @staticmethod
+    def _factor(factor: nn.Module) -> KernelBias:
+        if isinstance(factor, OREPAConv2d):
+            return factor.parameter_kernel(), None
+        return factor.weight, None  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, Ci, H, W] -> [N, Co, H', W']."""
+        return self._activate(self.bn(self._conv(x, self.composed_kernel(), None)))
+
+    def _fold(self) -> KernelBias:
+        return self._normed(self.composed_kernel())
