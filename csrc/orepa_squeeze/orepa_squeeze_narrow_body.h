@@ -1,4 +1,5 @@
 // Groups of few channels: nothing is transposed, the vectors run over the K * K positions.
+#pragma once
 #include "orepa_squeeze/orepa_squeeze_view_body.h"
 
 namespace repkern {

@@ -1,4 +1,5 @@
 // One layer with typed pointers and the sizes the loops use.
+#pragma once
 #include "common/parallel.h"
 #include "common/simd/rows_body.h"
 #include "common/workspace.h"

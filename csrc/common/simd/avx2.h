@@ -15,8 +15,10 @@ struct Vec<float> {
   using Scalar = float;
   using Reg = __m256;
   static constexpr int width = 8;
-  static constexpr int panel = 4;    // vectors in a micro-tile
-  static constexpr int columns = 3;  // columns in a micro-tile
+  static constexpr int panel = 4;    // most vectors in a panel
+  // of a micro-tile whose panel is that wide: 12 sums stay in registers
+  static constexpr int columns(int vectors) { return vectors == 1 ? 9 : 12 / vectors; }
+  static constexpr int lane_rows = 2, lane_columns = 5;  // of a lane product
 
   static __m256i mask(int64_t n) {
     const int used = n < width ? static_cast<int>(n) : width;
@@ -44,7 +46,8 @@ struct Vec<double> {
   using Reg = __m256d;
   static constexpr int width = 4;
   static constexpr int panel = 4;
-  static constexpr int columns = 3;
+  static constexpr int columns(int vectors) { return vectors == 1 ? 9 : 12 / vectors; }
+  static constexpr int lane_rows = 2, lane_columns = 5;  // of a lane product
 
   static __m256i mask(int64_t n) {
     const int64_t used = n < width ? n : width;

@@ -15,8 +15,9 @@ struct Vec<float> {
   using Scalar = float;
   using Reg = __m512;
   static constexpr int width = 16;
-  static constexpr int panel = 3;    // vectors in a micro-tile
-  static constexpr int columns = 9;  // columns in a micro-tile
+  static constexpr int panel = 3;    // most vectors in a panel
+  static constexpr int columns(int) { return 9; }  // of a micro-tile whose panel is that wide
+  static constexpr int lane_rows = 3, lane_columns = 9;  // of a lane product
 
   static __mmask16 mask(int64_t n) { return n < width ? static_cast<__mmask16>((1u << n) - 1) : __mmask16(0xffff); }
   static Reg zero() { return _mm512_setzero_ps(); }
@@ -42,7 +43,8 @@ struct Vec<double> {
   using Reg = __m512d;
   static constexpr int width = 8;
   static constexpr int panel = 3;
-  static constexpr int columns = 9;
+  static constexpr int columns(int) { return 9; }
+  static constexpr int lane_rows = 3, lane_columns = 9;  // of a lane product
 
   static __mmask8 mask(int64_t n) { return n < width ? static_cast<__mmask8>((1u << n) - 1) : __mmask8(0xff); }
   static Reg zero() { return _mm512_setzero_pd(); }

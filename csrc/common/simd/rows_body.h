@@ -1,5 +1,6 @@
 // Operations on rows, for one instruction set: REPKERN_ISA_NAMESPACE is that of the vectors already included.
 // `n` counts elements; nothing is read or written past them. "flat" is [lane][row] in memory, "split" is [row][lane].
+#pragma once
 #include <cstdint>
 
 #include "common/simd/half.h"

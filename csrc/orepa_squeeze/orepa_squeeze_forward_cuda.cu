@@ -1,0 +1,195 @@
+// Forward: one tile product for the 1x1-KxK branch, the five other branches in its epilogue, all layers in one launch.
+#include <algorithm>
+#include <vector>
+
+#include "common/cuda/math.cuh"
+#include "common/cuda/store.cuh"
+#include "orepa_squeeze/orepa_squeeze_tile.cuh"
+
+namespace repkern {
+namespace {
+
+using namespace squeeze;
+
+struct ForwardLayer {
+  void* out;
+  const void *origin, *avg, *prior, *pointwise, *reduce, *expand, *depthwise, *project, *prior_filter;
+  const void* scale[kSqueezeBranches];
+  int first_tile, co_g, ci_g, cm_g, kk, expansion;
+  bool identity_reduce, aligned;
+};
+
+constexpr int kLayersPerLaunch = 24;
+struct ForwardTable {
+  int count;
+  DType out_dtype;
+  bool channels_last;
+  ForwardLayer layers[kLayersPerLaunch];
+};
+static_assert(sizeof(ForwardTable) <= 4096, "kernel parameters hold 4 KB");
+
+template <class T>
+__device__ __forceinline__ T scale_of(const ForwardLayer& layer, int branch, int o) {
+  return layer.scale[branch] == nullptr ? T(1) : static_cast<const T*>(layer.scale[branch])[o];
+}
+
+// What one thread adds to the product for output channel o: scales read once a channel.
+template <class T>
+class Epilogue {
+ public:
+  __device__ Epilogue(const ForwardLayer& layer, int group, int o) : layer_(layer), group_(group), o_(o) {
+#pragma unroll
+    for (int branch = 0; branch < kSqueezeBranches; ++branch) scale_[branch] = scale_of<T>(layer, branch, o);
+    scale_[1] /= static_cast<T>(layer.kk);
+  }
+
+  // `product`: the 1x1-KxK branch without its identity and its scale.
+  __device__ __forceinline__ T value(T product, int i, int p) const {
+    const int channel = o_ * layer_.ci_g + i, at = channel * layer_.kk + p;
+    T sum = T(0);
+    if (layer_.expand != nullptr) {
+      if (layer_.identity_reduce) {
+        const T* expand = static_cast<const T*>(layer_.expand) + static_cast<int64_t>(o_) * layer_.cm_g * layer_.kk + p;
+        for (int t = i; t < layer_.cm_g; t += layer_.ci_g) product += expand[t * layer_.kk];
+      }
+      sum = scale_[3] * product;
+    }
+    if (layer_.origin != nullptr) sum += scale_[0] * static_cast<const T*>(layer_.origin)[at];
+    if (layer_.avg != nullptr) sum += scale_[1] * static_cast<const T*>(layer_.avg)[channel];
+    if (layer_.prior != nullptr) {
+      const T filter = static_cast<const T*>(layer_.prior_filter)[o_ * layer_.kk + p];
+      sum += scale_[2] * (static_cast<const T*>(layer_.prior)[channel] * filter);
+    }
+    if (layer_.pointwise != nullptr && p == layer_.kk / 2) {
+      sum += scale_[4] * static_cast<const T*>(layer_.pointwise)[channel];
+    }
+    if (layer_.project != nullptr) sum += scale_[5] * separable(channel, i, p);
+    return sum;
+  }
+
+ private:
+  __device__ __forceinline__ T separable(int channel, int i, int p) const {
+    const int e = layer_.expansion;
+    const T* project = static_cast<const T*>(layer_.project) + static_cast<int64_t>(channel) * e;
+    const T* depthwise =
+        static_cast<const T*>(layer_.depthwise) + static_cast<int64_t>(group_ * layer_.ci_g + i) * e * layer_.kk + p;
+    T sum = T(0);
+    for (int q = 0; q < e; ++q) sum += project[q] * depthwise[q * layer_.kk];
+    return sum;
+  }
+
+  const ForwardLayer& layer_;
+  int group_, o_;
+  T scale_[kSqueezeBranches];
+};
+
+template <class Tile>
+__global__ void __launch_bounds__(kTileThreads, sizeof(typename Tile::Scalar) == 4 ? 3 : 2)
+squeeze_forward(const __grid_constant__ ForwardTable table) {
+  using T = typename Tile::Scalar;
+  RK_DYN_SMEM(T, shared);
+  int which = 0;
+  while (which + 1 < table.count && static_cast<int>(blockIdx.x) >= table.layers[which + 1].first_tile) ++which;
+  const ForwardLayer& layer = table.layers[which];
+  const Columns columns(layer.kk);
+  const Place place(blockIdx.x - layer.first_tile, layer.ci_g, layer.co_g, columns);
+
+  if (layer.expand != nullptr) {
+    const int64_t kernel = static_cast<int64_t>(layer.co_g) * layer.cm_g * layer.kk;
+    const ColumnCopy<T> right(static_cast<const T*>(layer.expand) + place.group * kernel, layer.cm_g, columns, place);
+    const T* reduce = static_cast<const T*>(layer.reduce) + static_cast<int64_t>(place.group) * layer.cm_g * layer.ci_g;
+    multiply<Tile, false>(shared, reduce, layer.cm_g, layer.ci_g, layer.aligned, right, layer.cm_g, place.m0);
+  }
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kTileThreads / 32;
+  const int rows = min(kTileM, layer.ci_g - place.m0);
+  const Divisor by_position(place.positions);
+  for (int c = warp; c < place.channels; c += warps) {
+    const int o = place.group * layer.co_g + place.o0 + c;
+    const Epilogue<T> epilogue(layer, place.group, o);
+    for (int e = lane; e < rows * place.positions; e += 32) {
+      const int m = by_position.divide(e), q = e - m * place.positions, p = place.p0 + q, i = place.m0 + m;
+      T* staged = shared + m * kRowC + c * columns.chunk + q;
+      const T value = epilogue.value(layer.expand != nullptr ? *staged : T(0), i, p);
+      if (table.channels_last) {
+        *staged = value;
+      } else {
+        store_as(layer.out, static_cast<size_t>(o * layer.ci_g + i) * layer.kk + p, value, table.out_dtype);
+      }
+    }
+  }
+  if (!table.channels_last) return;
+
+  __syncthreads();
+  const Divisor by_row(rows);
+  const int count = place.channels * place.positions * rows;
+  for (int e = threadIdx.x; e < count; e += kTileThreads) {
+    const int n = by_row.divide(e), m = e - n * rows, c = by_position.divide(n), q = n - c * place.positions;
+    const int o = place.group * layer.co_g + place.o0 + c;
+    store_as(layer.out, static_cast<size_t>(o * layer.kk + place.p0 + q) * layer.ci_g + place.m0 + m,
+             shared[m * kRowC + c * columns.chunk + q], table.out_dtype);
+  }
+}
+
+ForwardLayer describe(const SqueezeLayer& in, void* out, size_t element) {
+  ForwardLayer layer{};
+  layer.out = out;
+  layer.origin = in.origin;
+  layer.avg = in.avg;
+  layer.prior = in.prior;
+  layer.pointwise = in.pointwise;
+  layer.reduce = in.reduce;
+  layer.expand = in.expand;
+  layer.depthwise = in.depthwise;
+  layer.project = in.project;
+  layer.prior_filter = in.prior_filter;
+  for (int branch = 0; branch < kSqueezeBranches; ++branch) layer.scale[branch] = in.scale[branch];
+  layer.co_g = static_cast<int>(in.co / in.groups);
+  layer.ci_g = static_cast<int>(in.ci / in.groups);
+  layer.cm_g = static_cast<int>(in.cm / in.groups);
+  layer.kk = static_cast<int>(in.k * in.k);
+  layer.expansion = static_cast<int>(in.expansion);
+  layer.identity_reduce = in.identity_reduce != 0;
+  layer.aligned = is_aligned(in.reduce, layer.ci_g * static_cast<int64_t>(element));
+  return layer;
+}
+
+}  // namespace
+
+size_t orepa_squeeze_forward_cuda_workspace(const SqueezeLayer*, int, DType) { return 0; }
+
+Status orepa_squeeze_forward_cuda(const SqueezeLayer* layers, void* const* out, int count, DType dtype, DType out_dtype,
+                                  bool channels_last, int math, void*, void* stream) {
+  std::vector<int> order(count);
+  for (int i = 0; i < count; ++i) {
+    if (Status problem = check_sizes(layers[i])) return problem;
+    order[i] = i;
+  }
+  // The deepest products first: the short tiles of the others fill the last wave.
+  auto depth = [&](int i) { return layers[i].expand == nullptr ? 0 : layers[i].cm / layers[i].groups; };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return depth(a) > depth(b); });
+
+  return with_tile(dtype, math, [&](auto tile) -> Status {
+    using Tile = decltype(tile);
+    for (int first = 0; first < count; first += kLayersPerLaunch) {
+      ForwardTable table{};
+      table.count = std::min(kLayersPerLaunch, count - first);
+      table.out_dtype = out_dtype;
+      table.channels_last = channels_last;
+      int tiles = 0;
+      for (int i = 0; i < table.count; ++i) {
+        const SqueezeLayer& in = layers[order[first + i]];
+        ForwardLayer& layer = table.layers[i];
+        layer = describe(in, out[order[first + i]], size_of(dtype));
+        layer.first_tile = tiles;
+        tiles += static_cast<int>(in.groups) * ceil_div(layer.ci_g, kTileM) * Columns(layer.kk).tiles(layer.co_g);
+      }
+      const Status status = RK_LAUNCH(squeeze_forward<Tile>, dim3(tiles), dim3(kTileThreads),
+                                      kSharedBytes<typename Tile::Scalar>, stream, table);
+      if (status != nullptr) return status;
+    }
+    return nullptr;
+  });
+}
+
+}  // namespace repkern
