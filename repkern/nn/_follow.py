@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from typing import Any
@@ -63,7 +64,7 @@ def _sequential_pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     for parent in model.modules():
         if type(parent).forward is nn.Sequential.forward:
             children = list(parent._modules.values())
-            for first, second in zip(children, children[1:], strict=False):
+            for first, second in itertools.pairwise(children):
                 if first is not None and second is not None and places[id(first)] == places[id(second)] == 1:
                     pairs.append((first, second))
     return pairs

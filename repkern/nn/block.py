@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ class RepBlock(nn.Module):
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> RepBlock:
         """A fresh block in place of `conv`: its geometry, dtype and device, not its weights."""
-        return cls(  # type: ignore[call-arg]
+        make: Callable[..., RepBlock] = cls
+        return make(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,
@@ -138,8 +140,7 @@ class RepBlock(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
-                f"{type(self).__name__}: the input must be [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], "
-                f"got {tuple(x.shape)}"
+                f"{type(self).__name__}: the input must be [(N,) {self.in_channels}, H, W], got {tuple(x.shape)}"
             )
 
     def _activate(self, x: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def replace_convs(
     in plain nn.Sequential parents where tracing fails. ValueError for a block without a norm.
     report: filled with what was replaced and what was left, and why; it is logged as well.
 
-    Hooks, training flag, device, dtype, requires_grad and sharing of modules are kept. Returns the model; when the model
-    itself is a convolution, its replacement. UserWarning when there is nothing to replace.
+    Hooks, training flag, device, dtype, requires_grad and sharing of modules are kept. Returns the model; when the
+    model itself is a convolution, its replacement. UserWarning when there is nothing to replace.
     """
     report = ReplaceReport() if report is None else report
     if fold_norm and not getattr(block, "has_norm", False):
@@ -170,7 +170,7 @@ def _start(new: RepBlock, conv: nn.Conv2d, norm: nn.Module | None, preserve: boo
     if adopted:
         new.set_kernel_before_norm(conv.weight, conv.bias)
     elif norm is not None:
-        new.set_equivalent_kernel_bias(*fold.fuse_bn(conv.weight, conv.bias, norm))  # type: ignore[arg-type]
+        new.set_equivalent_kernel_bias(*fold.fuse_bn(conv.weight, conv.bias, norm))
     else:
         new.set_equivalent_kernel_bias(conv.weight, conv.bias)
 

@@ -7,16 +7,15 @@ and changes nothing in place. Half precision is folded in float32 and rounded on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repkern.ops import compose_sequential as _compose_kernels
 from repkern.ops.orepa_squeeze.prior import dct_filter as dct_kernel
 
 __all__ = [
-    "BatchNormLike",
     "KernelBias",
     "add_branches",
     "average_kernel",
@@ -32,38 +31,27 @@ KernelBias = tuple[Tensor, Tensor | None]
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class BatchNormLike(Protocol):
-    """What `fuse_bn` reads: nn.BatchNorm2d, nn.SyncBatchNorm and their kin."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-def fuse_bn(weight: Tensor, bias: Tensor | None, norm: BatchNormLike) -> tuple[Tensor, Tensor]:
+def fuse_bn(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The convolution that computes norm(conv(x)) with the norm's running statistics.
 
     weight [Co, ...], bias [Co] or None, a norm over Co channels -> (weight of the same shape, bias [Co]):
     weight * t and beta + (bias - mean) * t with t = gamma / sqrt(var + eps).
     ValueError for a norm without running statistics or over another number of channels.
     """
-    mean, var = norm.running_mean, norm.running_var
+    own: Any = norm
+    mean, var = own.running_mean, own.running_var
     if mean is None or var is None:
-        raise ValueError(
-            "fuse_bn: the norm keeps no running statistics (track_running_stats=False), so it cannot be folded"
-        )
+        raise ValueError("fuse_bn: a norm without running statistics (track_running_stats=False) cannot be folded")
     if mean.shape != weight.shape[:1]:
         raise ValueError(f"fuse_bn: the norm has {mean.shape[0]} channels but the weight has {weight.shape[0]} outputs")
     wide = torch.float32 if weight.dtype in _HALF else weight.dtype
-    factor = torch.rsqrt(var.to(wide) + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.to(wide)
+    factor = torch.rsqrt(var.to(wide) + own.eps)
+    if own.weight is not None:
+        factor = factor * own.weight.to(wide)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
     shift = shift * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(wide)
+    if own.bias is not None:
+        shift = shift + own.bias.to(wide)
     per_output = factor.reshape(-1, *[1] * (weight.dim() - 1))
     return (weight.to(wide) * per_output).to(weight.dtype), shift.to(weight.dtype)
 
@@ -80,10 +68,10 @@ def add_branches(branches: Sequence[KernelBias]) -> KernelBias:
                 "use pad_to for smaller kernels"
             )
         weight = weight + other
-        if bias is None or other_bias is None:
-            bias = other_bias if bias is None else bias
-        else:
+        if bias is not None and other_bias is not None:
             bias = bias + other_bias
+        elif bias is None:
+            bias = other_bias
     return weight, bias
 
 
@@ -94,9 +82,7 @@ def pad_to(weight: Tensor, kernel_size: int) -> Tensor:
     """
     extra = kernel_size - weight.shape[-1]
     if extra < 0 or extra % 2 or weight.shape[-1] != weight.shape[-2]:
-        raise ValueError(
-            f"pad_to: a {weight.shape[-2]}x{weight.shape[-1]} kernel has no centred place in size {kernel_size}"
-        )
+        raise ValueError(f"pad_to: a {tuple(weight.shape[-2:])} kernel has no centred place in size {kernel_size}")
     return torch.nn.functional.pad(weight, [extra // 2] * 4)
 
 

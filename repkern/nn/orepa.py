@@ -69,6 +69,18 @@ class OREPAConv2d(RepBlock):
 
     has_norm = False
 
+    origin: nn.Parameter
+    avg: nn.Parameter | None
+    prior: nn.Parameter | None
+    pointwise: nn.Parameter | None
+    reduce: nn.Parameter | None
+    expand: nn.Parameter | None
+    depthwise: nn.Parameter | None
+    project: nn.Parameter | None
+    scale: nn.Parameter | None
+    bias: nn.Parameter | None
+    prior_filter: Tensor | None
+
     def __init__(
         self,
         in_channels: int,
@@ -199,7 +211,7 @@ class OREPAConv2d(RepBlock):
 
     def squeeze_branches(self) -> SqueezeBranches:
         """This block's tensors as `repkern.ops.orepa_squeeze_many` takes them."""
-        scale = self.scale
+        scale: Tensor | None = self.scale
         if scale is not None and self.scaling == "scalar":
             scale = scale.expand(-1, self.out_channels)
         return SqueezeBranches(

@@ -37,7 +37,7 @@ class _NormedBlock(RepBlock):
         return True
 
     def _normed(self, weight: Tensor) -> KernelBias:
-        return fuse_bn(weight, None, self.bn)  # type: ignore[arg-type]
+        return fuse_bn(weight, None, self.bn)
 
 
 class OREPABlock(_NormedBlock):
@@ -90,7 +90,7 @@ class OREPABlock(_NormedBlock):
 
     @torch.no_grad()
     def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Solve for the origin kernel and the norm's shift; exact in eval mode. ValueError where the norm scales by 0."""
+        """Solve for origin and the norm's shift; exact in eval mode. ValueError where the norm scales by 0."""
         norm: Any = self.bn
         factor, shift = fuse_bn(torch.ones_like(norm.running_mean), None, norm)
         if not factor.all():
@@ -111,7 +111,7 @@ class OREPADeepStem(_NormedBlock):
     """activation(BatchNorm(conv)) whose K x K kernel is the composition of stacked 3x3 convolutions (paper, Sec. 3.5).
 
     kernel_size: odd K >= 5, from (K - 1) / 2 factors; the first maps Ci -> Co, the others Co -> Co, all with `groups`.
-    factors: "orepa" (each factor is an OREPA kernel, as the paper's experiments), "plain", or one of the two per factor.
+    factors: "orepa" (each factor is an OREPA kernel, as in the paper), "plain", or one of them per factor.
     The composition is the true one: equal to the stacked convolutions without padding in between (the released code
     composes by cross-correlation instead; `repkern.load_checkpoint` flips its factors). The submodules `factors` hold
     the kernels [.., .., 3, 3], the norm is `bn`. padding: None keeps the size at stride 1.

@@ -71,8 +71,8 @@ def _warn_about(model: nn.Module) -> None:
         return
     if any(block.training for block in blocks):
         warnings.warn(
-            "reparameterize: the model is in train mode. The plain model uses the running statistics of its BatchNorms, "
-            "as the model does after model.eval(); compare the two in eval mode.",
+            "reparameterize: the model is in train mode. The plain model uses the running statistics of its "
+            "BatchNorms, as the model does after model.eval(); compare the two in eval mode.",
             UserWarning,
             stacklevel=3,
         )
