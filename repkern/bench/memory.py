@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -30,6 +31,7 @@ def peak_bytes(run: Callable[[], object], resident: Iterable[Tensor], device: st
         run()
         torch.cuda.synchronize()
         return held + torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints two lines a run on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     result = profile.profiler.kineto_results  # type: ignore[union-attr]

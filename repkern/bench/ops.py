@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from repkern.bench import targets
-from repkern.bench.cases import Case
 from repkern.bench.peak import Peak, measure_peak
 from repkern.bench.problems import CheckResult, Forward, Problem, build_problem
+from repkern.bench.registry import Case
 from repkern.bench.results import Row
 from repkern.bench.timing import Workload, graphed, measure_pairs, quantiles, ratio_of_pairs
 from repkern.ops import available_backends, use_backend

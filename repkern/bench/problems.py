@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repkern.bench.baselines import KernelFunction, eager_compose, eager_kernel_of
-from repkern.bench.cases import Case, Layer
+from repkern.bench.registry import Case, Layer
 from repkern.ops import OPS, SqueezeBranches, compose_sequential, orepa_squeeze_many
 from repkern.ops.orepa_squeeze.layers import kernel_shape, pack
 from repkern.ops.orepa_squeeze.prior import dct_filter

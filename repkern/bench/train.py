@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from repkern.bench import targets
 from repkern.bench.baselines import eager_kernel_of
-from repkern.bench.cases import Case
 from repkern.bench.memory import live_bytes, peak_bytes
 from repkern.bench.problems import squeeze_problem
+from repkern.bench.registry import Case
 from repkern.bench.resnet import ResNet18
 from repkern.bench.results import Row
 from repkern.bench.timing import Workload, measure_pairs, quantiles, ratio_of_pairs
 from repkern.nn.convert import replace_convs
+from repkern.nn.group import group_squeeze
 from repkern.nn.orepa import OREPAConv2d
 from repkern.ops import use_backend
 
@@ -53,6 +54,7 @@ class TrainOptions:
     pairs: int = 7
     channels_last: bool = False
     memory: bool = True
+    grouped: bool = False
     model: Callable[[], nn.Module] = ResNet18
 
 
@@ -136,7 +138,8 @@ def _variants(options: TrainOptions) -> dict[str, nn.Module]:
         if isinstance(module, OREPAConv2d):
             parent, _, leaf = name.rpartition(".")
             setattr(eager.get_submodule(parent), leaf, EagerOREPA(module))
-    return {"orepa": orepa, "plain": plain, "eager": eager}
+    variants = {"orepa": orepa, "plain": plain, "eager": eager}
+    return variants | ({"grouped": group_squeeze(copy.deepcopy(orepa))} if options.grouped else {})
 
 
 def _wrong_kernels(blocks: Sequence[OREPAConv2d], options: TrainOptions) -> list[str]:
@@ -171,6 +174,11 @@ def _trainer(model: nn.Module, case: StepCase, options: TrainOptions) -> _Traine
     return _Trainer(model.train(), optimizer, x, y)
 
 
+def _label(name: str, options: TrainOptions) -> str:
+    """The network's name in a row; ours with the backend that was asked for."""
+    return name if name == "eager" else f"{'orepa grouped' if name == 'grouped' else name}/{options.backend}"
+
+
 def _row(case: StepCase, options: TrainOptions, kind: str, what: str, backend: str) -> Row:
     mode = "channels_last" if options.channels_last else "eager"
     return Row(
@@ -187,11 +195,11 @@ def _measure_steps(
         for name, trainer in trainers.items()
     }
     samples = measure_pairs(works, pairs=options.pairs, device=options.device)
-    for name in ("orepa", "eager"):
+    for name in (name for name in samples if name != "plain"):
         p20, p50, p80 = (1e3 * value for value in quantiles(samples[name]))
         ratio = ratio_of_pairs(samples[name], samples["plain"])
-        target = targets.train_target(options.device, case.name) if name == "orepa" else None
-        row = _row(case, options, "train", "step", name if name == "eager" else f"orepa/{options.backend}")
+        target = targets.train_target(options.device, case.name) if name != "eager" else None
+        row = _row(case, options, "train", "step", _label(name, options))
         on_row(dataclasses.replace(
             row, ms_p20=p20, ms=p50, ms_p80=p80, baseline="plain", baseline_ms=1e3 * quantiles(samples["plain"]).p50,
             ratio_p20=ratio.p20, ratio=ratio.p50, ratio_p80=ratio.p80, pairs=options.pairs,
@@ -214,14 +222,14 @@ def _measure_memory(
         trainer.optimizer.zero_grad()
     branches = live_bytes(parameter for block in blocks for parameter in block.parameters())
     added = live_bytes(trainers["orepa"].model.parameters()) - live_bytes(trainers["plain"].model.parameters())
-    for name in ("orepa", "eager"):
+    for name in (name for name in peaks if name != "plain"):
         extra = peaks[name] - peaks["plain"]
         for of_what, size in (("branch", branches), ("added", added)):
             limit = _SLACK * _COPIES * size
             target = targets.Target(limit / _MIB, f"MiB: {_COPIES} x {of_what} parameters + 5 %", at_most=True)
-            row = _row(case, options, "memory", "peak", name if name == "eager" else f"orepa/{options.backend}")
+            row = _row(case, options, "memory", "peak", _label(name, options))
             on_row(dataclasses.replace(
                 row, baseline="plain", extra_mib=extra / _MIB, limit_mib=limit / _MIB,
-                target=str(target) if name == "orepa" else "",
-                verdict=targets.verdict(target, extra / _MIB) if name == "orepa" else "",
+                target=str(target) if name != "eager" else "",
+                verdict=targets.verdict(target, extra / _MIB) if name != "eager" else "",
             ))  # fmt: skip

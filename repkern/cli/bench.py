@@ -13,7 +13,7 @@ import torch
 import typer
 
 from repkern.bench import results
-from repkern.bench.cases import load_cases
+from repkern.bench.registry import load_cases
 from repkern.bench.results import Row
 from repkern.cli._console import INTERRUPTED, fail, terminated_like_ctrl_c
 
@@ -82,6 +82,7 @@ def train(
     pairs: Pairs = None,
     channels_last: Annotated[bool, typer.Option(help="Model and input in channels_last.")] = False,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
+    grouped: Annotated[bool, typer.Option(help="Also with all squeezes in one launch (group_squeeze).")] = False,
 ) -> None:
     """A training step of ResNet-18: plain, OREPA in every convolution that can be one, and the unfused formulation."""
     from repkern.bench.train import TrainOptions, load_steps, run_train
@@ -91,7 +92,12 @@ def train(
     if quick:
         cases = [dataclasses.replace(case, batch=4, size=64, name=f"{case.name}_quick") for case in cases[:1]]
     options = TrainOptions(
-        backend=backend, device=device, pairs=pairs or (3 if quick else 9), channels_last=channels_last, memory=memory
+        backend=backend,
+        device=device,
+        pairs=pairs or (3 if quick else 9),
+        channels_last=channels_last,
+        memory=memory,
+        grouped=grouped,
     )
     _run(lambda on_row, say: run_train(cases, options, on_row, say), output, as_json, device)
 

@@ -1,0 +1,218 @@
+"""Write docs/performance.md and docs/backends.md from results/*.csv. --check: exit code 1 when they are stale."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from repkern.bench.results import read_rows
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
+NOTICE = "<!-- Written by benchmarks/make_docs.py from benchmarks/results. Do not edit. -->\n"
+Row = dict[str, str]
+
+PERFORMANCE_HEAD = """# Performance
+
+Every row was checked against the float64 reference before it was timed. Times are medians; ratios are medians over
+neighbouring samples of one run (A B A B …), with the 20th and 80th percentile in brackets. "eager" is the published
+multi-branch formulation written in torch calls, "compile" the same under `torch.compile` (a compiled function a layer).
+"conv2d" is the convolution that the kernel feeds (batch 32, a ResNet's feature map size): ours costs that much less.
+Percent of peak refers to the fastest large matrix product or convolution of torch in the same run, which is named.
+Commits with "+" had uncommitted changes. How to measure again: benchmarks/README.md.
+"""
+BACKENDS_HEAD = """# Backends
+
+What has run where, from stored results and test runs. Where there is none, nothing is claimed.
+"""
+BACKENDS = {
+    "reference": ("plain torch", ("cpu",)),
+    "cpu": ("C++: scalar, AVX2, AVX-512", ("cpu",)),
+    "cuda": ("CUDA C++", ("cuda",)),
+    "triton": ("Triton", ("cuda", "cpu")),
+    "simt": ("the CUDA source on the host, tests only", ("cpu",)),
+}
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def newest(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> dict[tuple[str, ...], Row]:
+    """The last row of each key, in the order in which keys first appear."""
+    answer: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        answer[key(row)] = row
+    return answer
+
+
+def machine_of(row: Row) -> tuple[str, ...]:
+    where = row["gpu"] or f"{row['cpu']}, {row['threads']} threads, {row['isa']}"
+    return (where, row["torch"], row["triton"], row["python"], row["repkern"])
+
+
+def milliseconds(text: str) -> str:
+    value = float(text)
+    return f"{1e3 * value:.1f} µs" if value < 0.1 else f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def ratio(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{float(row['ratio']):.2f} ({float(row['ratio_p20']):.2f}–{float(row['ratio_p80']):.2f})"
+
+
+def ops_section(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["kind"] == "ops"]
+    if not rows:
+        return ""
+    found = newest(rows, lambda r: (r["op"], r["case"], r["what"], r["dtype"], r["backend"], r["mode"], r["baseline"]))
+    lines = []
+    for key in dict.fromkeys(key[:6] for key in found):
+        of = {baseline: found.get((*key, baseline)) for baseline in ("", "eager", "compile", "conv2d")}
+        own = of[""]
+        if own is None:
+            continue
+        op, case, what, dtype, backend, mode = key
+        name = f"{backend}, {mode}" if mode != "eager" else backend
+        rate = f"{float(own['gflops']):.0f} ({float(own['peak_percent']):.0f} %)"
+        lines.append([f"`{op}` {case}", what, dtype, name, milliseconds(own["ms"]), rate,
+                      *(ratio(of[b]) for b in ("eager", "compile", "conv2d"))])  # fmt: skip
+    peaks = {
+        f"{float(row['peak_gflops']):.0f} GFLOP/s ({row['peak_source']})"
+        for row in found.values()
+        if row["peak_gflops"]
+    }
+    head = ["op, case", "pass", "dtype", "backend", "time", "GFLOP/s (of peak)", "x eager", "x compile", "x conv2d"]
+    return f"### Ops\n\nMeasured peak: {', '.join(sorted(peaks))}.\n\n{table(head, lines)}"
+
+
+def train_section(rows: list[Row]) -> str:
+    steps = newest(
+        [r for r in rows if r["kind"] == "train"], lambda r: (r["case"], r["device"], r["mode"], r["backend"])
+    )
+    if not steps:
+        return ""
+    lines = [
+        [r["case"], r["mode"], r["backend"], milliseconds(r["ms"]), milliseconds(r["baseline_ms"]), ratio(r)]
+        for r in steps.values()
+    ]
+    text = (
+        "### Training step\n\nForward, loss, backward, SGD with momentum; ratio to the plain network.\n\n"
+    )
+    text += table(["case", "mode", "network", "time", "plain", "ratio"], lines)
+    memory = [r for r in rows if r["kind"] == "memory"]
+    peaks = newest(memory, lambda r: (r["case"], r["device"], r["mode"], r["backend"]))
+    lines = [[r["case"], r["mode"], r["backend"], f"{float(r['extra_mib']):.1f} MiB"] for r in peaks.values()]
+    if lines:
+        text += "\nPeak memory of a step above the plain network's:\n\n"
+        text += table(["case", "mode", "network", "extra"], lines)
+    return text
+
+
+def targets_section(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["target"]]
+    found = newest(
+        rows, lambda r: (r["kind"], r["case"], r["what"], r["backend"], r["mode"], r["baseline"], target_kind(r))
+    )
+    if not found:
+        return ""
+    lines = [[r["case"], r["what"], r["backend"], r["target"], measured(r), r["verdict"]] for r in found.values()]
+    return f"### Targets\n\n{table(['case', 'pass', 'backend', 'target', 'measured', 'verdict'], lines)}"
+
+
+def target_kind(row: Row) -> str:
+    """The target without its number, which may differ from run to run (memory limits)."""
+    return row["target"].split(" ", 2)[2]
+
+
+def measured(row: Row) -> str:
+    if row["kind"] == "memory":
+        return f"{float(row['extra_mib']):.1f} MiB"
+    if row["ratio"]:
+        return f"{float(row['ratio']):.2f}"
+    return f"{float(row['peak_percent']):.1f} %" if row["device"] == "cpu" else f"{1e3 * float(row['ms']):.1f} us"
+
+
+def performance(rows: list[Row]) -> str:
+    text = NOTICE + PERFORMANCE_HEAD
+    machines = list(newest(rows, machine_of))
+    for machine in machines:
+        here = [row for row in rows if machine_of(row) == machine]
+        where, torch, triton, python, repkern = machine
+        last = here[-1]
+        text += f"\n## {where}\n\ntorch {torch}, triton {triton or 'absent'}, Python {python}, repkern {repkern}; "
+        text += f"last row {last['date'][:10]}, commit {last['commit'] or 'unknown'}.\n\n"
+        text += "\n".join(filter(None, (targets_section(here), ops_section(here), train_section(here))))
+    if not any(row["device"] == "cuda" for row in rows):
+        text += "\n## GPU\n\nNo figures yet: not yet run on a GPU.\n"
+    return text
+
+
+def backends(rows: list[Row], tests: list[Row]) -> str:
+    text = NOTICE + BACKENDS_HEAD + "\n"
+    lines = []
+    for backend, (what, devices) in BACKENDS.items():
+        for device in devices:
+            where = "GPU" if device == "cuda" else "CPU"
+            if device == "cpu" and backend == "triton":
+                where = "CPU (interpreter)"
+            lines.append([f"`{backend}`", what, where, tested(backend, device, tests), timed(backend, device, rows)])
+    text += table(["backend", "what it is", "on", "op tests", "benchmarks"], lines)
+    text += "\n`repkern info` says which of them can run on your machine, and why each other one cannot.\n"
+    return text
+
+
+def tested(backend: str, device: str, tests: list[Row]) -> str:
+    found = [row for row in tests if (row["backend"], row["device"]) == (backend, device)]
+    if not found:
+        return "not yet run on a GPU" if device == "cuda" else "no stored run"
+    last = found[-1]
+    machine = last["gpu"] if device == "cuda" else last["cpu"]
+    counts = ", ".join(f"{last[name]} {name}" for name in ("passed", "failed", "skipped") if int(last[name]))
+    return f"{counts} ({machine}, torch {last['torch']}, {last['date'][:10]}, {last['commit'] or 'commit unknown'})"
+
+
+def timed(backend: str, device: str, rows: list[Row]) -> str:
+    found = [row for row in rows if row["kind"] == "ops" and (row["backend"], row["device"]) == (backend, device)]
+    if not found:
+        return "not yet run on a GPU" if device == "cuda" else "none"
+    machines = dict.fromkeys(row["gpu"] or row["cpu"] for row in found)
+    return f"{', '.join(machines)}: [performance](performance.md)"
+
+
+def documents(results: Path) -> dict[str, str]:
+    rows = read_rows(path for path in results.glob("*.csv") if path.name != "tests.csv")
+    tests: list[Row] = []
+    if (results / "tests.csv").exists():
+        with (results / "tests.csv").open(newline="") as file:
+            tests = list(csv.DictReader(file))
+    return {"performance.md": performance(rows), "backends.md": backends(rows, tests)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--output", type=Path, default=DOCS)
+    args = parser.parse_args()
+    stale = []
+    for name, text in documents(args.results).items():
+        path = args.output / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if not args.check:
+                path.write_text(text)
+    if args.check and stale:
+        print(f"{', '.join(stale)}: stale; run python benchmarks/make_docs.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Measure everything on this machine, append to results/, write the documents. Exit code 1 after a failed check."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def commands(device: str, quick: bool) -> list[list[str]]:
+    common = ["--device", device, "--output", str(RESULTS)] + (["--quick"] if quick else [])
+    answer = [["ops", *common], ["train", *common]]
+    if device == "cuda":
+        answer.insert(1, ["ops", *common, "--cuda-graph", "--baseline", "eager"])
+    return answer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a look: rows are stored too, so do not commit them")
+    args = parser.parse_args()
+    codes = [
+        subprocess.run(
+            [sys.executable, "-m", "repkern.cli.main", "bench", *words], check=False, cwd=HERE.parent
+        ).returncode
+        for words in commands(args.device, args.quick)
+    ]
+    codes.append(subprocess.run([sys.executable, str(HERE / "make_docs.py")], check=False).returncode)
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The generated documents: reproducible, current, and honest about what never ran."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from repkern.bench import results
+from repkern.bench.results import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_docs, record_tests = script("make_docs"), script("record_tests")
+OPS_ROW = Row(
+    kind="ops", op="orepa_squeeze", case="c256", what="forward+backward", dtype="float32", device="cpu", mode="eager",
+    backend="cpu", ms_p20=1.9, ms=2.0, ms_p80=2.1, pairs=3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A results folder with one ops comparison measured twice, one training step and one memory row."""
+    path = tmp_path / "machine.csv"
+    env = results.environment()
+    own = dataclasses.replace(
+        OPS_ROW, gflops=100.0, gbytes_per_s=1.0, peak_percent=50.0, peak_gflops=200.0, peak_source="matmul 4096",
+        target=">= 60 % of peak", verdict="short by 16.7 %",
+    )  # fmt: skip
+    pair = dataclasses.replace(
+        OPS_ROW, baseline="eager", baseline_ms=8.0, ratio_p20=3.9, ratio=4.0, ratio_p80=4.1, target=">= 3 x eager",
+        verdict="ok",
+    )  # fmt: skip
+    for row in (
+        own,
+        pair,
+        dataclasses.replace(own, ms=1.0, peak_percent=100.0, verdict="ok"),
+        dataclasses.replace(
+            pair, op="train_step", kind="train", case="resnet18", what="step", baseline="plain", target=""
+        ),
+        dataclasses.replace(
+            OPS_ROW, op="train_step", kind="memory", what="peak", ms=None, extra_mib=1.5, limit_mib=2.0
+        ),
+    ):
+        results.append_row(path, env, row)
+    return tmp_path
+
+
+def test_committed_documents_are_the_generated_ones():
+    for name, text in make_docs.documents(ROOT / "benchmarks" / "results").items():
+        assert (ROOT / "docs" / name).read_text() == text, f"{name} is stale: run python benchmarks/make_docs.py"
+
+
+def test_check_fails_on_a_stale_document_and_passes_after_writing(stored, tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "make_docs.py"),
+        "--results",
+        str(stored),
+        "--output",
+        str(docs),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    codes = [subprocess.run([*command, *extra], env=environment, capture_output=True).returncode
+             for extra in (["--check"], [], ["--check"])]  # fmt: skip
+    assert codes == [1, 0, 0]
+
+
+def test_the_newest_row_of_a_comparison_is_shown(stored):
+    text = make_docs.documents(stored)["performance.md"]
+    assert "1 ms | 100 (100 %) | 4.00 (3.90–4.10)" in text
+    assert "2 ms | 100 (50 %)" not in text
+    assert "| c256 | forward+backward | cpu | >= 60 % of peak | 100.0 % | ok |" in text
+    assert "| 1.5 MiB |" in text
+    assert "matmul 4096" in text
+
+
+def test_nothing_is_claimed_for_a_gpu_that_no_row_is_from(stored):
+    documents = make_docs.documents(stored)
+    assert "not yet run on a GPU" in documents["performance.md"]
+    lines = [line for line in documents["backends.md"].splitlines() if line.startswith(("| `cuda`", "| `triton`"))]
+    assert [line.count("not yet run on a GPU") for line in lines] == [2, 2, 0]
+
+
+def test_empty_results_give_documents():
+    documents = make_docs.documents(ROOT / "no_such_folder")
+    assert "not yet run on a GPU" in documents["performance.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("test_x[f32-cpu-avx512-orepa-c8]", ("cpu", "cpu")),
+        ("test_x[f32-triton-cuda-sample]", ("triton", "cuda")),
+        ("test_x[f32-simt-cpu-sample]", ("simt", "cpu")),
+        ("test_x[cuda-sample]", ("cuda", "cuda")),
+        ("test_x[sample]", None),
+        ("test_x", None),
+    ],
+)
+def test_a_test_belongs_to_the_backend_it_names(name, target):
+    assert record_tests.target_of(name) == target
+
+
+def test_junit_counts(tmp_path):
+    junit = tmp_path / "junit.xml"
+    junit.write_text(
+        '<testsuites><testsuite><testcase name="test_a[cpu-avx2-x]"/>'
+        '<testcase name="test_b[cpu-scalar-x]"><failure/></testcase>'
+        '<testcase name="test_c[simt-cpu-x]"><skipped/></testcase><testcase name="test_d"/></testsuite></testsuites>'
+    )
+    counts = record_tests.count(junit)
+    assert counts[("cpu", "cpu")] == {"passed": 1, "failed": 1}
+    assert counts[("simt", "cpu")] == {"skipped": 1}
+    assert len(counts) == 2
