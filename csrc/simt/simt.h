@@ -1,6 +1,7 @@
 // Included instead of the CUDA headers when a .cu file is built by the host compiler.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "executor.h"
 #include "warp.h"
@@ -67,10 +68,10 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 
 template <class A, class B>
-constexpr auto min(A a, B b) -> decltype(a < b ? a : b) {
+constexpr std::common_type_t<A, B> min(A a, B b) {
   return a < b ? a : b;
 }
 template <class A, class B>
-constexpr auto max(A a, B b) -> decltype(a < b ? b : a) {
+constexpr std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
