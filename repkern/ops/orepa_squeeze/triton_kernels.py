@@ -1,25 +1,24 @@
 """The Triton kernels of orepa_squeeze. Math: docs/ops/orepa_squeeze.md; the host side is triton.py.
 
 Every kernel serves many layers: `table` [layers, COLUMNS] int64 holds a layer's sizes and addresses (0: absent), and
-a program finds its layer from the first tile of each. Letters: o, i, t count output, input and internal channels, tap
-counts the K*K positions, r = (o in its group) * K*K + tap.
+a program finds its layer from the first tile of each (rows that pad the table start past the last tile). Letters:
+c counts groups, o, i, t output, input and internal channels (i and t within their group), tap the K*K positions, and
+r = (o within its group) * K*K + tap. Capitals are tile extents.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from repkern.ops._triton import tile_product
+from repkern.ops._triton import loop_bound, tile_product
 
 __all__ = ["COLUMNS", "SUM_COLUMNS", "expand_kernel", "forward_kernel", "reduce_kernel", "rest_kernel", "sum_kernel"]
 
 # fmt: off
 COLUMNS = (
     "first_tile", "first_reduce_tile", "first_rest_tile",
-    "co", "cig", "cmg", "groups", "taps", "expansion", "identity", "splits", "split_length",
+    "co", "cig", "cmg", "groups", "taps", "expansion", "identity", "split_length",
     "origin", "avg", "prior", "pointwise", "reduce", "expand", "depthwise", "project", "prior_filter",
     "scale", "scale_avg", "scale_prior", "scale_expand", "scale_pointwise", "scale_project",
     "kernel", "kernel_stride_o", "kernel_stride_i", "kernel_stride_tap",
@@ -29,7 +28,7 @@ COLUMNS = (
 WIDTH = tl.constexpr(len(COLUMNS))
 (
     FIRST_TILE, FIRST_REDUCE_TILE, FIRST_REST_TILE,
-    CO, CIG, CMG, GROUPS, TAPS, EXPANSION, IDENTITY, SPLITS, SPLIT_LENGTH,
+    CO, CIG, CMG, GROUPS, TAPS, EXPANSION, IDENTITY, SPLIT_LENGTH,
     ORIGIN, AVG, PRIOR, POINTWISE, REDUCE, EXPAND, DEPTHWISE, PROJECT, PRIOR_FILTER,
     SCALE, SCALE_AVG, SCALE_PRIOR, SCALE_EXPAND, SCALE_POINTWISE, SCALE_PROJECT,
     KERNEL, KERNEL_STRIDE_O, KERNEL_STRIDE_I, KERNEL_STRIDE_TAP,
@@ -46,28 +45,29 @@ SUM_WIDTH = tl.constexpr(len(SUM_COLUMNS))
 
 
 @triton.jit
-def _find(table: Any, entries: Any, COLUMN: tl.constexpr, ROW: tl.constexpr, ENTRIES: tl.constexpr) -> Any:
+def _find(
+    table: tl.tensor, COLUMN: tl.constexpr, ROW: tl.constexpr, ENTRIES: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """The table row this program works on and its tile within it."""
     program = tl.program_id(0)
-    index = tl.arange(0, ENTRIES)
-    first = tl.load(table + index * ROW + COLUMN, mask=index < entries, other=0x7FFFFFFF)
+    first = tl.load(table + tl.arange(0, ENTRIES) * ROW + COLUMN)
     entry = tl.sum((first <= program).to(tl.int32), axis=0) - 1
     row = table + entry * ROW
     return row, program - tl.load(row + COLUMN).to(tl.int32)
 
 
 @triton.jit
-def _size(row: Any, COLUMN: tl.constexpr) -> Any:
+def _size(row: tl.tensor, COLUMN: tl.constexpr) -> tl.tensor:
     return tl.load(row + COLUMN).to(tl.int32)
 
 
 @triton.jit
-def _pointer(row: Any, COLUMN: tl.constexpr, DTYPE: tl.constexpr) -> Any:
+def _pointer(row: tl.tensor, COLUMN: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
     return tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
-def _scale(row: Any, COLUMN: tl.constexpr, o: Any, mask: Any, DTYPE: tl.constexpr) -> Any:
+def _scale(row: tl.tensor, COLUMN: tl.constexpr, o: tl.tensor, mask: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """The branch's scale of each output channel; ones where it has none."""
     value = tl.full(o.shape, 1, DTYPE)
     if tl.load(row + COLUMN) != 0:
@@ -76,7 +76,7 @@ def _scale(row: Any, COLUMN: tl.constexpr, o: Any, mask: Any, DTYPE: tl.constexp
 
 
 @triton.jit
-def _reduce_tile(row: Any, c: Any, t: Any, i: Any, DTYPE: tl.constexpr) -> Any:
+def _reduce_tile(row: tl.tensor, c: tl.tensor, t: tl.tensor, i: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """reduce[t, i] of group c, the identity included; t and i broadcast against each other."""
     cig = _size(row, CIG)
     cmg = _size(row, CMG)
@@ -90,15 +90,23 @@ def _reduce_tile(row: Any, c: Any, t: Any, i: Any, DTYPE: tl.constexpr) -> Any:
 
 @triton.jit
 def _rest_of_kernel(
-    row: Any, c: Any, o: Any, tap: Any, in_r: Any, i: Any, DTYPE: tl.constexpr, R: tl.constexpr, I: tl.constexpr
-) -> Any:
-    """The scaled sum of the five branches that are no matrix product: [R, I]."""
+    row: tl.tensor,
+    c: tl.tensor,
+    o: tl.tensor,
+    tap: tl.tensor,
+    in_r: tl.tensor,
+    i: tl.tensor,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    INPUTS: tl.constexpr,
+) -> tl.tensor:
+    """The scaled sum of the five branches that are no matrix product: [ROWS, INPUTS]."""
     cig = _size(row, CIG)
     taps = _size(row, TAPS)
     expansion = _size(row, EXPANSION)
     inside = in_r[:, None] & (i < cig)[None, :]
     at = o[:, None] * cig + i[None, :]
-    total = tl.zeros((R, I), DTYPE)
+    total = tl.zeros((ROWS, INPUTS), DTYPE)
     if tl.load(row + ORIGIN) != 0:
         kernel = tl.load(_pointer(row, ORIGIN, DTYPE) + at * taps + tap[:, None], mask=inside, other=0)
         total += kernel * _scale(row, SCALE, o, in_r, DTYPE)[:, None]
@@ -117,8 +125,8 @@ def _rest_of_kernel(
         project = _pointer(row, PROJECT, DTYPE) + at * expansion
         channel = (c * cig + i).to(tl.int64) * expansion
         depthwise = _pointer(row, DEPTHWISE, DTYPE) + channel[None, :] * taps + tap[:, None]
-        kernel = tl.zeros((R, I), DTYPE)
-        for q in range(expansion):
+        kernel = tl.zeros((ROWS, INPUTS), DTYPE)
+        for q in range(loop_bound(expansion)):
             weight = tl.load(project + q, mask=inside, other=0)
             kernel += weight * tl.load(depthwise + q * taps, mask=inside, other=0)
         total += kernel * _scale(row, SCALE_PROJECT, o, in_r, DTYPE)[:, None]
@@ -127,62 +135,64 @@ def _rest_of_kernel(
 
 @triton.jit
 def forward_kernel(
-    table: Any, layers: Any, LAYERS: tl.constexpr, DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, R: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    table: tl.tensor, LAYERS: tl.constexpr, DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """kernel[(o, tap), i], a tile [R, I] a program: expand @ reduce, the other branches added before the store."""
-    row, tile = _find(table, layers, FIRST_TILE, WIDTH, LAYERS)
+    """kernel[(o, tap), i], a tile [ROWS, INPUTS] a program: expand @ reduce, then the other branches, one store."""
+    row, tile = _find(table, FIRST_TILE, WIDTH, LAYERS)
     cig = _size(row, CIG)
     cmg = _size(row, CMG)
     taps = _size(row, TAPS)
     cog = _size(row, CO) // _size(row, GROUPS)
-    tiles_i = tl.cdiv(cig, I)
-    tiles_r = tl.cdiv(cog * taps, R)
+    tiles_i = tl.cdiv(cig, INPUTS)
+    tiles_r = tl.cdiv(cog * taps, ROWS)
     c = tile // (tiles_i * tiles_r)
-    i = tile % tiles_i * I + tl.arange(0, I)
-    r = tile // tiles_i % tiles_r * R + tl.arange(0, R)
+    i = tile % tiles_i * INPUTS + tl.arange(0, INPUTS)
+    r = tile // tiles_i % tiles_r * ROWS + tl.arange(0, ROWS)
     in_r = r < cog * taps
     tap = r % taps
     o = (c * cog + r // taps).to(tl.int64)
-    total = tl.zeros((R, I), DTYPE)
+    total = tl.zeros((ROWS, INPUTS), DTYPE)
     if tl.load(row + EXPAND) != 0:
         expand = _pointer(row, EXPAND, DTYPE) + (o * cmg * taps + tap)[:, None]
-        for start in range(0, cmg, K):
-            t = start + tl.arange(0, K)
+        for start in range(0, loop_bound(cmg), STEP):
+            t = start + tl.arange(0, STEP)
             a = tl.load(expand + (t * taps)[None, :], mask=in_r[:, None] & (t < cmg)[None, :], other=0)
             total = tile_product(a, _reduce_tile(row, c, t[:, None], i[None, :], DTYPE), total, PRECISION)
         total *= _scale(row, SCALE_EXPAND, o, in_r, DTYPE)[:, None]
-    total += _rest_of_kernel(row, c, o, tap, in_r, i, DTYPE, R, I)
+    total += _rest_of_kernel(row, c, o, tap, in_r, i, DTYPE, ROWS, INPUTS)
     row_at = o * _size(row, KERNEL_STRIDE_O) + tap * _size(row, KERNEL_STRIDE_TAP)
     at = row_at[:, None] + (i * _size(row, KERNEL_STRIDE_I))[None, :]
     inside = in_r[:, None] & (i < cig)[None, :]
+    if tl.bfloat16 == OUT_DTYPE:
+        total = total.to(tl.float32)  # GPUs convert to bfloat16 from float32 only
     tl.store(_pointer(row, KERNEL, OUT_DTYPE) + at, total.to(OUT_DTYPE), mask=inside)
 
 
 @triton.jit
 def expand_kernel(
-    table: Any, layers: Any, LAYERS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
+    table: tl.tensor, LAYERS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, INTERNAL: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """d_expand[(o, tap), t], a tile [R, T] a program, and its share of the branch's scale gradient."""
-    row, tile = _find(table, layers, FIRST_TILE, WIDTH, LAYERS)
+    """d_expand[(o, tap), t], a tile [ROWS, INTERNAL] a program, and its share of the branch's scale gradient."""
+    row, tile = _find(table, FIRST_TILE, WIDTH, LAYERS)
     cig = _size(row, CIG)
     cmg = _size(row, CMG)
     taps = _size(row, TAPS)
     cog = _size(row, CO) // _size(row, GROUPS)
-    tiles_t = tl.cdiv(cmg, T)
-    tiles_r = tl.cdiv(cog * taps, R)
+    tiles_t = tl.cdiv(cmg, INTERNAL)
+    tiles_r = tl.cdiv(cog * taps, ROWS)
     c = tile // (tiles_t * tiles_r)
-    t = tile % tiles_t * T + tl.arange(0, T)
-    r = tile // tiles_t % tiles_r * R + tl.arange(0, R)
+    t = tile % tiles_t * INTERNAL + tl.arange(0, INTERNAL)
+    r = tile // tiles_t % tiles_r * ROWS + tl.arange(0, ROWS)
     in_r = r < cog * taps
     tap = r % taps
     o = (c * cog + r // taps).to(tl.int64)
     grad_at = o * _size(row, KERNEL_STRIDE_O) + tap * _size(row, KERNEL_STRIDE_TAP)
     grad = _pointer(row, KERNEL, GRAD_DTYPE) + grad_at[:, None]
-    total = tl.zeros((R, T), DTYPE)
-    for start in range(0, cig, K):
-        i = start + tl.arange(0, K)
+    total = tl.zeros((ROWS, INTERNAL), DTYPE)
+    for start in range(0, loop_bound(cig), STEP):
+        i = start + tl.arange(0, STEP)
         inside_i = in_r[:, None] & (i < cig)[None, :]
         a = tl.load(grad + (i * _size(row, KERNEL_STRIDE_I))[None, :], mask=inside_i, other=0).to(DTYPE)
         total = tile_product(a, _reduce_tile(row, c, t[None, :], i[:, None], DTYPE), total, PRECISION)
@@ -198,28 +208,29 @@ def expand_kernel(
 
 @triton.jit
 def reduce_kernel(
-    table: Any, layers: Any, LAYERS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, T: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    table: tl.tensor, LAYERS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, INTERNAL: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """d_reduce[t, i], a tile [T, I] a program, summed over the program's share of the rows (o, tap)."""
-    row, tile = _find(table, layers, FIRST_REDUCE_TILE, WIDTH, LAYERS)
+    """d_reduce[t, i], a tile [INTERNAL, INPUTS] a program, summed over the program's share of the rows (o, tap)."""
+    row, tile = _find(table, FIRST_REDUCE_TILE, WIDTH, LAYERS)
     cig = _size(row, CIG)
     cmg = _size(row, CMG)
     taps = _size(row, TAPS)
     groups = _size(row, GROUPS)
     cog = _size(row, CO) // groups
-    tiles_i = tl.cdiv(cig, I)
-    tiles_t = tl.cdiv(cmg, T)
-    i = tile % tiles_i * I + tl.arange(0, I)
-    t = tile // tiles_i % tiles_t * T + tl.arange(0, T)
+    tiles_i = tl.cdiv(cig, INPUTS)
+    tiles_t = tl.cdiv(cmg, INTERNAL)
+    i = tile % tiles_i * INPUTS + tl.arange(0, INPUTS)
+    t = tile // tiles_i % tiles_t * INTERNAL + tl.arange(0, INTERNAL)
     c = tile // (tiles_i * tiles_t) % groups
     split = tile // (tiles_i * tiles_t * groups)
     length = _size(row, SPLIT_LENGTH)
     expand = _pointer(row, EXPAND, DTYPE) + (t * taps)[:, None]
     grad = _pointer(row, KERNEL, GRAD_DTYPE) + (i * _size(row, KERNEL_STRIDE_I))[None, :]
-    total = tl.zeros((T, I), DTYPE)
-    for start in range(split * length, min((split + 1) * length, cog * taps), K):
-        r = start + tl.arange(0, K)
+    end = tl.minimum((split + 1) * length, cog * taps)
+    total = tl.zeros((INTERNAL, INPUTS), DTYPE)
+    for start in range(loop_bound(split * length), loop_bound(end), STEP):
+        r = start + tl.arange(0, STEP)
         in_r = r < cog * taps
         tap = r % taps
         o = (c * cog + r // taps).to(tl.int64)
@@ -233,26 +244,36 @@ def reduce_kernel(
 
 
 @triton.jit
-def _store_scale_share(row: Any, COLUMN: tl.constexpr, values: Any, at: Any, mask: Any, DTYPE: tl.constexpr) -> None:
+def _store_scale_share(
+    row: tl.tensor, COLUMN: tl.constexpr, values: tl.tensor, at: tl.tensor, mask: tl.tensor, DTYPE: tl.constexpr
+) -> None:
     if tl.load(row + COLUMN) != 0:
         tl.store(_pointer(row, COLUMN, DTYPE) + at, tl.sum(values, axis=1), mask=mask)
 
 
 @triton.jit
 def _elementwise_gradients(
-    row: Any, grad: Any, o: Any, i: Any, in_o: Any, share: Any, DTYPE: tl.constexpr, O: tl.constexpr, I: tl.constexpr
+    row: tl.tensor,
+    grad: tl.tensor,
+    o: tl.tensor,
+    i: tl.tensor,
+    in_o: tl.tensor,
+    share: tl.tensor,
+    DTYPE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
 ) -> None:
     """Gradients of origin, avg, prior and pointwise and their scale gradients, from one reading of the gradient."""
     cig = _size(row, CIG)
     taps = _size(row, TAPS)
     inside = in_o[:, None] & (i < cig)[None, :]
     at = o[:, None] * cig + i[None, :]
-    mean = tl.zeros((O, I), DTYPE)
-    wave = tl.zeros((O, I), DTYPE)
-    centre = tl.zeros((O, I), DTYPE)
-    product = tl.zeros((O, I), DTYPE)
+    mean = tl.zeros((OUTPUTS, INPUTS), DTYPE)
+    wave = tl.zeros((OUTPUTS, INPUTS), DTYPE)
+    centre = tl.zeros((OUTPUTS, INPUTS), DTYPE)
+    product = tl.zeros((OUTPUTS, INPUTS), DTYPE)
     scale_origin = _scale(row, SCALE, o, in_o, DTYPE)
-    for tap in range(taps):
+    for tap in range(loop_bound(taps)):
         g = tl.load(grad + tap * _size(row, KERNEL_STRIDE_TAP), mask=inside, other=0).to(DTYPE)
         mean += g
         if tap == taps // 2:
@@ -283,8 +304,9 @@ def _elementwise_gradients(
 
 @triton.jit
 def _depthwise_gradients(
-    row: Any, grad: Any, o: Any, c: Any, tile_o: Any, i: Any, q: Any, in_o: Any, share: Any,
-    DTYPE: tl.constexpr, O: tl.constexpr, I: tl.constexpr,
+    row: tl.tensor, grad: tl.tensor, o: tl.tensor, c: tl.tensor, tile_o: tl.tensor, i: tl.tensor, q: tl.tensor,
+    in_o: tl.tensor, share: tl.tensor,
+    DTYPE: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of column i*e + q of project and, summed over the o of this tile, of that depthwise filter."""
     cig = _size(row, CIG)
@@ -296,8 +318,8 @@ def _depthwise_gradients(
     weight = tl.load(_pointer(row, PROJECT, DTYPE) + at, mask=inside, other=0)
     filters = ((c * cig + i).to(tl.int64) * expansion + q) * taps
     shares = (tile_o * cig * _size(row, GROUPS)).to(tl.int64) * expansion * taps + filters
-    product = tl.zeros((O, I), DTYPE)
-    for tap in range(taps):
+    product = tl.zeros((OUTPUTS, INPUTS), DTYPE)
+    for tap in range(loop_bound(taps)):
         g = tl.load(grad + tap * _size(row, KERNEL_STRIDE_TAP), mask=inside, other=0).to(DTYPE)
         depthwise = tl.load(_pointer(row, DEPTHWISE, DTYPE) + filters + tap, mask=i < cig, other=0)
         product += g * depthwise[None, :]
@@ -308,45 +330,45 @@ def _depthwise_gradients(
 
 @triton.jit
 def rest_kernel(
-    table: Any, layers: Any, LAYERS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    O: tl.constexpr, I: tl.constexpr,
+    table: tl.tensor, LAYERS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """All gradients but those of reduce and expand, for a tile [O, I] of one group.
+    """All gradients but those of reduce and expand, for a tile [OUTPUTS, INPUTS] of one group.
 
     The tile's part 0 is the elementwise branches, part 1 + q the q-th filter of each channel of the dw-pw branch.
     """
-    row, tile = _find(table, layers, FIRST_REST_TILE, WIDTH, LAYERS)
+    row, tile = _find(table, FIRST_REST_TILE, WIDTH, LAYERS)
     cig = _size(row, CIG)
     expansion = _size(row, EXPANSION)
     cog = _size(row, CO) // _size(row, GROUPS)
-    tiles_i = tl.cdiv(cig, I)
-    tiles_o = tl.cdiv(cog, O)
+    tiles_i = tl.cdiv(cig, INPUTS)
+    tiles_o = tl.cdiv(cog, OUTPUTS)
     part = tile % (1 + expansion)
     tile_i = tile // (1 + expansion) % tiles_i
     tile_o = tile // ((1 + expansion) * tiles_i) % tiles_o
     c = tile // ((1 + expansion) * tiles_i * tiles_o)
-    i = tile_i * I + tl.arange(0, I)
-    of_group = tile_o * O + tl.arange(0, O)
+    i = tile_i * INPUTS + tl.arange(0, INPUTS)
+    of_group = tile_o * OUTPUTS + tl.arange(0, OUTPUTS)
     in_o = of_group < cog
     o = (c * cog + of_group).to(tl.int64)
     at = (o * _size(row, KERNEL_STRIDE_O))[:, None] + (i * _size(row, KERNEL_STRIDE_I))[None, :]
     grad = _pointer(row, KERNEL, GRAD_DTYPE) + at
     share = o * tiles_i + tile_i
     if part == 0:
-        _elementwise_gradients(row, grad, o, i, in_o, share, DTYPE, O, I)
+        _elementwise_gradients(row, grad, o, i, in_o, share, DTYPE, OUTPUTS, INPUTS)
     else:
         q = part - 1
-        _depthwise_gradients(row, grad, o, c, tile_o, i, q, in_o, share * expansion + q, DTYPE, O, I)
+        _depthwise_gradients(row, grad, o, c, tile_o, i, q, in_o, share * expansion + q, DTYPE, OUTPUTS, INPUTS)
 
 
 @triton.jit
-def sum_kernel(table: Any, sums: Any, SUMS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def sum_kernel(table: tl.tensor, SUMS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """target[n] = sum over m of source[n * stride + m * stride_term], in the order of m."""
-    row, tile = _find(table, sums, SUM_FIRST_TILE, SUM_WIDTH, SUMS)
+    row, tile = _find(table, SUM_FIRST_TILE, SUM_WIDTH, SUMS)
     n = tile * BLOCK + tl.arange(0, BLOCK)
     inside = n < _size(row, SUM_COUNT)
     source = _pointer(row, SUM_SOURCE, DTYPE) + n.to(tl.int64) * tl.load(row + SUM_STRIDE)
     total = tl.zeros((BLOCK,), DTYPE)
-    for term in range(_size(row, SUM_TERMS)):
+    for term in range(loop_bound(_size(row, SUM_TERMS))):
         total += tl.load(source + term * tl.load(row + SUM_STRIDE_TERM), mask=inside, other=0)
     tl.store(_pointer(row, SUM_TARGET, DTYPE) + n, total, mask=inside)
