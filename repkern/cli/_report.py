@@ -22,9 +22,8 @@ def print_report(console: Console, summary: dict[str, Any], folder: str) -> None
     console.print(_table(summary))
     config = summary["config"]
     console.print(
-        f"Medians, networks taking turns; batch {config['batch_size']} in training, one image in inference. "
-        "Memory: the most that torch's allocator held during one training step, with weights, gradients and "
-        "optimizer state.",
+        f"Times are medians, the networks taking turns; a training step has {config['batch_size']} images. Memory is "
+        "the most that torch's allocator held in a training step: weights, gradients, optimizer state, activations.",
         style="dim",
     )
     console.print(f"\nDone in {summary['total_seconds']:.0f} s. In {folder}:", soft_wrap=True, markup=False)
@@ -56,7 +55,7 @@ def _table(summary: dict[str, Any]) -> Table:
         ("training step", [milliseconds(steps["plain"]), _compared(steps, milliseconds), "-"]),
         ("peak memory in training", [megabytes(peaks["plain"]), _compared(peaks, megabytes), "-"]),
         ("latency, one image", [milliseconds(latency[c]) for c in _COLUMNS]),
-        ("largest output difference", ["-", "reference", f"{summary['max_difference']:.1e}"]),
+        ("largest output difference", ["-", "reference", _difference(summary["max_difference"])]),
     ]
     for name, cells in rows:
         table.add_row(name, *cells)
@@ -65,6 +64,10 @@ def _table(summary: dict[str, Any]) -> Table:
         f"compared on all {summary['test_images']} test images"
     )
     return table
+
+
+def _difference(value: float) -> str:
+    return "none" if value == 0 else f"{value:.1e}"
 
 
 def _compared(values: dict[str, float], unit: Any) -> str:

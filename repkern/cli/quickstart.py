@@ -137,7 +137,7 @@ def _work(console: Console, run: Run[QuickstartConfig]) -> None:
             config,
             run.path,
             callbacks=lambda name: [progress(LABELS[name])],
-            say=lambda line: console.print(f"{line} ...", markup=False),
+            say=lambda line: console.print(f"{line} ...", markup=False, soft_wrap=True),
         )
     histories = {LABELS[name]: _rows(run.path / name / "metrics.jsonl") for name in FORMS}
     plot_curves(histories, run.path / "curves.png")

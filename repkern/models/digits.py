@@ -73,8 +73,8 @@ class DigitsNet(nn.Module):
 
 def save_digits_net(model: DigitsNet, path: str | Path, **notes: object) -> None:
     """Write the weights of a plain DigitsNet as safetensors; sizes and `notes` (JSON values) go to its metadata."""
-    metadata = {"format": _FORMAT, "arguments": json.dumps(model.arguments)}
-    metadata.update({name: json.dumps(value) for name, value in notes.items()})
+    # One entry: safetensors writes several in an order that changes from run to run, and equal runs give equal files.
+    metadata = {_FORMAT: json.dumps({"arguments": model.arguments, **notes})}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, str(path), metadata=metadata)
 
@@ -87,14 +87,12 @@ def load_digits_net(path: str | Path) -> DigitsNet:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{path} was not written by `repkern quickstart`: no format {_FORMAT!r} in its metadata"
-                )
+            if _FORMAT not in metadata:
+                raise ValueError(f"{path} was not written by `repkern quickstart`: its metadata has no {_FORMAT!r}")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    arguments = json.loads(metadata["arguments"])
+    arguments = json.loads(metadata[_FORMAT])["arguments"]
     model = DigitsNet(**{**arguments, "widths": tuple(arguments["widths"])})
     model.load_state_dict(weights)
     return model.eval()

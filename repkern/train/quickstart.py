@@ -120,9 +120,10 @@ def _deploy(
     """Add the deployed network to `models`, save it, and say how far it is from the one that was trained."""
     from repkern import __version__
 
-    say("Reparameterizing the OREPA network and checking that it still computes the same function")
+    say("Reparameterizing the OREPA network, checking that it still computes the same")
     images, labels = data.test_images.to(config.device), data.test_labels.to(config.device)
     deployed = reparameterize(models["orepa"], verify=images)
+    assert isinstance(deployed, DigitsNet)
     models["deployed"] = deployed
     with torch.no_grad():
         trained_logits, deployed_logits = models["orepa"](images), deployed(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ __all__ = ["plot_curves"]
 # Okabe and Ito's palette, told apart by readers with any colour vision; markers carry the same difference in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "s", "^", "D")
-_ZOOM_FROM = 90.0  # %: early epochs far below would flatten the part worth seeing
 
 
 def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -37,9 +37,8 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
-    lowest_end = min(100 * rows[-1]["test_accuracy"] for rows in histories.values())
     _finish(right, "test accuracy (%)", _accuracy_title(histories))
-    right.set_ylim(_ZOOM_FROM if lowest_end > _ZOOM_FROM + 3 else 0, 100.3)
+    right.set_ylim(_lowest_shown(histories), 100.3)
     figure.savefig(path, metadata={"Software": "repkern"})
 
 
@@ -70,6 +69,12 @@ def _finish(axes: Axes, label: str, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
+
+
+def _lowest_shown(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """In %, a little below the second half of the training: first epochs would flatten the part worth seeing."""
+    late = [100 * row["test_accuracy"] for rows in histories.values() for row in rows[len(rows) // 2 :]]
+    return max(0.0, 5 * math.floor(min(late) / 5) - 5)
 
 
 def _loss_title(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
