@@ -69,6 +69,7 @@ def test_nan_goes_through(op, sample):
     assert any(bool(output.isnan().any()) for output in as_list(op(*poisoned)))
 
 
+@pytest.mark.unguarded
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("op", "sample"), SMALL)
 def test_opcheck(op, sample):
