@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from repkern.ops import _check
+from repkern.ops._check import pointer
 from repkern.ops._triton import (
     TL_DTYPE,
     argument_table,
@@ -94,7 +95,7 @@ def _backward(tiles: _Tiles, members: Sequence[tuple[Tensor, SqueezeBranches, di
     total = {"first_tile": 0, "first_reduce_tile": 0, "first_rest_tile": 0}
     for grad, layer, wanted in members:
         fields = _layer_fields(layer) | _kernel_fields(grad) | total
-        fields |= {f"d_{name}": tensor.data_ptr() for name, tensor in wanted.items() if name != "scale"}
+        fields |= {f"d_{name}": pointer(tensor) for name, tensor in wanted.items() if name != "scale"}
         for column, tiles_of_layer in _plan(tiles, fields, layer, wanted, sums).items():
             total[column] += tiles_of_layer
         rows.append(fields)
@@ -171,14 +172,14 @@ def _layer_fields(layer: SqueezeBranches) -> _Fields:
     fields["cmg"] = 0 if layer.reduce is None else layer.reduce.shape[0] // layer.groups
     fields["expansion"] = 0 if layer.project is None else layer.project.shape[1] // cig
     for name in (*GRADIENT_FIELDS[:-1], "prior_filter"):
-        fields[name] = _check.pointer(getattr(layer, name))
+        fields[name] = pointer(getattr(layer, name))
     return fields | dict(zip(_SCALES, _scale_pointers(layer.scale, layer), strict=True))
 
 
 def _kernel_fields(kernel: Tensor) -> _Fields:
     """Where a kernel or its gradient lies."""
     return {
-        "kernel": kernel.data_ptr(),
+        "kernel": pointer(kernel),
         "kernel_stride_o": kernel.stride(0),
         "kernel_stride_i": kernel.stride(1),
         "kernel_stride_tap": kernel.stride(3),
@@ -194,7 +195,7 @@ def _scale_pointers(scale: Tensor | None, layer: SqueezeBranches) -> list[int]:
     if scale is None:
         return [0] * len(_SCALES)
     row = scale.shape[1] * scale.element_size()
-    return [0 if at is None else scale.data_ptr() + at * row for at in layer.scale_positions()]
+    return [0 if at is None else pointer(scale) + at * row for at in layer.scale_positions()]
 
 
 def _empty_gradients(layer: SqueezeBranches) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from repkern.ops import _check
+from repkern.ops._check import pointer
 from repkern.ops._triton import TL_DTYPE, argument_table
 from repkern.ops.orepa_squeeze import triton_kernels as kernels
 
@@ -49,7 +50,7 @@ class PartialSums:
         """Get the buffer and fill in the addresses."""
         self._buffer = _check.empty((self._size,), self._dtype, self._device)
         for fields, column, row, at in self._waiting:
-            fields[column] = row["source"] = self._buffer.data_ptr() + at * self._dtype.itemsize
+            fields[column] = row["source"] = pointer(self._buffer) + at * self._dtype.itemsize
 
     def add_up(self) -> None:
         """Launch the additions."""
