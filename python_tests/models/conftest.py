@@ -21,6 +21,15 @@ class Golden:
         assert_close(actual, expected, TOLERANCE * max(at_least, float(expected.abs().max())), what)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors are tiny, and threads that wait for each other on a busy machine cost far more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def golden():
     if not ROOT.is_dir():

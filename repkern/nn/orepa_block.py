@@ -140,9 +140,7 @@ class OREPADeepStem(_NormedBlock):
         )
         count = (geometry.kernel_size[0] - 1) // 2
         if count < 2:
-            raise ValueError(
-                f"a deep stem stacks 3x3 kernels: kernel_size must be 5 or more, got {kernel_size}; use OREPABlock"
-            )
+            raise ValueError(f"a deep stem stacks 3x3 kernels: kernel_size must be at least 5, got {kernel_size}")
         kinds = [factors] * count if isinstance(factors, str) else list(factors)
         if len(kinds) != count or any(kind not in FACTORS for kind in kinds):
             raise ValueError(f"factors must be {' or '.join(map(repr, FACTORS))}, or {count} of them, got {factors!r}")

@@ -102,48 +102,38 @@ def _bound(output: Tensor, exact: Tensor | None) -> float:
 
 def check_same_function(model: nn.Module, reference: Reference, plain_of: dict[nn.Module, RepBlock]) -> None:
     """ValueError unless `model` gives the reference's outputs, up to the rounding the training form itself shows."""
-    blocks = _BlockDifferences(model, plain_of)
-    with blocks:
-        outputs = _run(model, reference.args)
+    outputs = _run(model, reference.args)
     for at, (plain, trained) in enumerate(zip(outputs, reference.outputs, strict=True)):
         exact = None if reference.exact is None else reference.exact[at]
         bound = _bound(trained, exact)
         difference = _largest(plain.double() - (trained.double() if exact is None else exact))
         if not difference <= bound:
             output = f"output {at}" if len(outputs) > 1 else "the output"
+            where = _first_difference(model, reference, plain_of)
             raise ValueError(
                 f"reparameterize: the plain model differs from the training form: {output} by {difference:.3g} "
-                f"(largest value {_largest(trained):.3g}), the bound is {bound:.3g}; {blocks.first()}"
+                f"(largest value {_largest(trained):.3g}), the bound is {bound:.3g}; {where}"
             )
 
 
-class _BlockDifferences:
-    """While active, compares every plain module's output with its block's on the same input."""
+def _first_difference(model: nn.Module, reference: Reference, plain_of: dict[nn.Module, RepBlock]) -> str:
+    """In words, the first plain module in calling order that differs from its block on the same input."""
+    names = names_of_modules(model)
+    found: list[str] = []
 
-    def __init__(self, model: nn.Module, plain_of: dict[nn.Module, RepBlock]) -> None:
-        self._names = names_of_modules(model)
-        self._plain_of = plain_of
-        self._found: list[tuple[str, str, float, float]] = []
-
-    def __enter__(self) -> None:
-        self._handles = [plain.register_forward_hook(self._compare) for plain in self._plain_of]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _compare(self, plain: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        block = self._plain_of[plain]
-        (wanted,) = _run(block, args)
-        bound = _WITHOUT_REFERENCE * torch.finfo(wanted.dtype).eps * _largest(wanted)
+    def compare(plain: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        block = Reference(plain_of[plain], args)
+        bound = _bound(block.outputs[0], None if block.exact is None else block.exact[0])
+        wanted = block.outputs[0] if block.exact is None else block.exact[0]
         difference = _largest(output.double() - wanted.double())
         if not difference <= bound:
-            name = self._names[id(plain)] or "(root)"
-            self._found.append((name, type(block).__name__, difference, bound))
+            name, kind = names[id(plain)] or "(root)", type(plain_of[plain]).__name__
+            found.append(f"the first block that differs is {name} ({kind}), by {difference:.3g}, beyond {bound:.3g}")
 
-    def first(self) -> str:
-        """In words, the first block in calling order that differs."""
-        if not self._found:
-            return "no single block differs by itself, so something outside the blocks changed"
-        name, kind, difference, bound = self._found[0]
-        return f"the first block that differs is {name} ({kind}), by {difference:.3g}, beyond {bound:.3g}"
+    handles = [plain.register_forward_hook(compare) for plain in plain_of]
+    try:
+        _run(model, reference.args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "no single block differs by itself, so something outside the blocks changed"
