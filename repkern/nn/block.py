@@ -149,7 +149,7 @@ class RepBlock(nn.Module):
     def extra_repr(self) -> str:
         """As nn.Conv2d prints itself."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        if self._pad != (0, 0):
+        if self.padding != (0, 0):
             text += f", padding={self.padding}"
         if self.dilation != (1, 1):
             text += f", dilation={self.dilation}"

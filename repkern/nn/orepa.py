@@ -34,6 +34,10 @@ class GroupedKernel(NamedTuple):
     with_grad: bool
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _check_branches(branches: Sequence[str] | None, kernel_size: int) -> tuple[str, ...]:
     possible = tuple(INITIAL_SCALE_1X1) if kernel_size == 1 else BRANCH_NAMES
     if branches is None:
@@ -114,9 +118,9 @@ class OREPAConv2d(RepBlock):
         self.internal_channels = self._check_internal(internal_channels)
         self._register_parameters(bias, {"device": device, "dtype": dtype})
         # Parameters stay contiguous, which is what the kernels read; channels_last is only remembered.
-        self._memory_format = torch.contiguous_format
+        self._channels_last = False
         self.grouped: GroupedKernel | None = None
-        self._last_format = torch.contiguous_format
+        self._saw_channels_last = False
         self._grouped_with_grad = False
         self.reset_parameters()
 
@@ -250,22 +254,20 @@ class OREPAConv2d(RepBlock):
 
     def kernel_format(self, x: Tensor | None = None) -> torch.memory_format:
         """channels_last when the input is, or when this module was converted to it: where nn.Conv2d would use it."""
-        if self._memory_format is torch.channels_last:
+        if self._channels_last or (x is not None and _is_channels_last(x)):
             return torch.channels_last
-        if x is None or x.dim() != 4 or x.is_contiguous():
-            return torch.contiguous_format
-        return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        return torch.contiguous_format
 
     @property
     def last_format(self) -> torch.memory_format:
         """The memory format that suited the last input, for those who make the kernel before they see the next."""
-        return torch.channels_last if self._memory_format is torch.channels_last else self._last_format
+        return torch.channels_last if self._channels_last or self._saw_channels_last else torch.contiguous_format
 
     def forward(self, x: Tensor) -> Tensor:
         """One squeeze, one conv2d: [N, Ci, H, W] -> [N, Co, H', W']."""
         memory_format = self.kernel_format(x)
         if self.grouped is not None:
-            self._last_format = memory_format
+            self._saw_channels_last = memory_format is torch.channels_last
         return self._conv(x, self._kernel(self.kernel_dtype(x.device.type), memory_format), self.bias)
 
     def _kernel(self, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
@@ -285,7 +287,7 @@ class OREPAConv2d(RepBlock):
         return kernel.requires_grad_()
 
     def _fold(self) -> KernelBias:
-        return self.squeezed_kernel(memory_format=self._memory_format), self.bias
+        return self.squeezed_kernel(memory_format=self.kernel_format()), self.bias
 
     @property
     def _deployed_bias(self) -> bool:
@@ -343,13 +345,12 @@ class OREPAConv2d(RepBlock):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OREPAConv2d:
         probe = torch.empty(1, 2, 2, 2, dtype=self.origin.dtype, device=self.origin.device)
-        moved = fn(probe.to(memory_format=self._memory_format))
+        moved = fn(probe.to(memory_format=self.kernel_format()))
         super()._apply(fn, recurse)
         for parameter in self.parameters(recurse=False):
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
-        channels_last = not moved.is_contiguous() and moved.is_contiguous(memory_format=torch.channels_last)
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._channels_last = _is_channels_last(moved)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -50,9 +50,7 @@ class OREPARepVGGBlock(RepBlock):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
         if geometry.kernel_size[0] == 1:
-            raise ValueError(
-                "kernel_size must be 3 or more (a 1x1 kernel is one of the branches), got 1; use OREPABlock"
-            )
+            raise ValueError("kernel_size must be at least 3 (1x1 is a branch of its own), got 1; use OREPABlock")
         super().__init__(geometry, activation)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dense = OREPAConv2d(
