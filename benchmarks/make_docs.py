@@ -102,9 +102,7 @@ def train_section(rows: list[Row]) -> str:
         [r["case"], r["mode"], r["backend"], milliseconds(r["ms"]), milliseconds(r["baseline_ms"]), ratio(r)]
         for r in steps.values()
     ]
-    text = (
-        "### Training step\n\nForward, loss, backward, SGD with momentum; ratio to the plain network.\n\n"
-    )
+    text = "### Training step\n\nForward, loss, backward, SGD with momentum; ratio to the plain network.\n\n"
     text += table(["case", "mode", "network", "time", "plain", "ratio"], lines)
     memory = [r for r in rows if r["kind"] == "memory"]
     peaks = newest(memory, lambda r: (r["case"], r["device"], r["mode"], r["backend"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,12 +20,24 @@ def commands(device: str, quick: bool) -> list[list[str]]:
     return answer
 
 
+def run_tests() -> int:
+    """The op tests on every backend this machine has; their counts go to results/tests.csv."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        words = ["-m", "pytest", "-q", "python_tests/test_all_ops.py", f"--junitxml={junit}"]
+        code = subprocess.run([sys.executable, *words], check=False, cwd=HERE.parent).returncode
+        recorded = subprocess.run([sys.executable, str(HERE / "record_tests.py"), str(junit)], check=False).returncode
+    return max(code, recorded)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a look: rows are stored too, so do not commit them")
+    parser.add_argument("--tests", action="store_true", help="also run the op tests and store their counts")
     args = parser.parse_args()
-    codes = [
+    codes = [run_tests()] if args.tests else []
+    codes += [
         subprocess.run(
             [sys.executable, "-m", "repkern.cli.main", "bench", *words], check=False, cwd=HERE.parent
         ).returncode

@@ -20,8 +20,8 @@ def live_bytes(tensors: Iterable[Tensor]) -> int:
 def peak_bytes(run: Callable[[], object], resident: Iterable[Tensor], device: str) -> int:
     """The most bytes alive at once while `run()` runs, `resident` tensors included.
 
-    `resident`: all that lives before and after. On a CPU every allocation and release that passes through torch's
-    allocator is summed in order (scratch memory that oneDNN or MKL take for themselves does not pass through it).
+    `resident`: all that lives before and after; `run` must not free any of it. On a CPU every allocation and release
+    that passes through torch's allocator is summed in order (what oneDNN or MKL take for themselves does not pass).
     """
     held = live_bytes(resident)
     if device == "cuda":

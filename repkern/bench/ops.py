@@ -16,7 +16,7 @@ from repkern.bench.peak import Peak, measure_peak
 from repkern.bench.problems import CheckResult, Forward, Problem, build_problem
 from repkern.bench.registry import Case
 from repkern.bench.results import Row
-from repkern.bench.timing import Workload, graphed, measure_pairs, quantiles, ratio_of_pairs
+from repkern.bench.timing import Workload, graphed, measure_pairs, quantiles, ratio_of_pairs, strict_fp32
 from repkern.ops import available_backends, use_backend
 
 __all__ = ["BASELINES", "PASSES", "OpsOptions", "default_backends", "run_ops"]
@@ -48,6 +48,7 @@ def default_backends(device: str) -> list[str]:
     return found or ["reference"]
 
 
+@strict_fp32()
 def run_ops(
     cases: Sequence[Case], options: OpsOptions, on_row: Callable[[Row], None], say: Callable[[str], None]
 ) -> list[str]:

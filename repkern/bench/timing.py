@@ -7,14 +7,14 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Quantiles", "Workload", "graphed", "measure_pairs", "quantiles", "ratio_of_pairs"]
+__all__ = ["Quantiles", "Workload", "graphed", "measure_pairs", "quantiles", "ratio_of_pairs", "strict_fp32"]
 
 _WARMUP_RUNS = 2
 _MAX_INNER = 10_000
@@ -76,6 +76,20 @@ def measure_pairs(
         if was_enabled:
             gc.enable()
     return samples
+
+
+@contextlib.contextmanager
+def strict_fp32() -> Iterator[None]:
+    """No TF32 in anything measured, which is not what torch does in convolutions by default."""
+    flags: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = False
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def graphed(work: Workload) -> Workload:

@@ -19,7 +19,7 @@ from repkern.bench.problems import squeeze_problem
 from repkern.bench.registry import Case
 from repkern.bench.resnet import ResNet18
 from repkern.bench.results import Row
-from repkern.bench.timing import Workload, measure_pairs, quantiles, ratio_of_pairs
+from repkern.bench.timing import Workload, measure_pairs, quantiles, ratio_of_pairs, strict_fp32
 from repkern.nn.convert import replace_convs
 from repkern.nn.group import group_squeeze
 from repkern.nn.orepa import OREPAConv2d
@@ -108,6 +108,7 @@ def load_steps(path: Path | None) -> list[StepCase]:
     return parse_steps(DEFAULT_STEPS) if path is None else parse_steps(path.read_text(), path.name)
 
 
+@strict_fp32()
 def run_train(
     cases: Sequence[StepCase], options: TrainOptions, on_row: Callable[[Row], None], say: Callable[[str], None]
 ) -> list[str]:

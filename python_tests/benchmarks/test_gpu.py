@@ -1,0 +1,28 @@
+"""The harness on a GPU: events, graphs and the allocator's count of memory."""
+
+import pytest
+import torch
+
+from repkern.bench.memory import peak_bytes
+from repkern.bench.ops import OpsOptions, default_backends, run_ops
+from repkern.bench.registry import parse_cases
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_cuda_rows(cuda_graph):
+    rows = []
+    options = OpsOptions(
+        backends=default_backends("cuda"), baselines=("eager", "conv2d"), device="cuda", pairs=3,
+        min_sample_seconds=1e-3, cuda_graph=cuda_graph, quick=True,
+    )  # fmt: skip
+    assert run_ops(parse_cases("c16 orepa_squeeze 16,16,3,1"), options, rows.append, lambda text: None) == []
+    assert {row.what for row in rows} >= {"forward", "forward+backward"}
+    assert all(0 < row.ms_p20 <= row.ms_p80 for row in rows)
+
+
+def test_cuda_peak_counts_what_lived_before_and_during():
+    resident = torch.empty(2**20, dtype=torch.uint8, device="cuda")
+    peak = peak_bytes(lambda: torch.empty(2**21, dtype=torch.uint8, device="cuda"), [resident], "cuda")
+    assert peak == 3 * 2**20
