@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from repkern import _native
 from repkern.ops import _check
 
 GUARD = 64  # elements on either side
@@ -18,6 +19,9 @@ _GUARD_BYTE = 0xA5
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "unguarded: outputs without guard bytes, so that their storage offset is 0")
+    if os.environ.get("REPKERN_EXPECT_SANITIZED"):
+        for backend in ("cpu", "simt"):
+            assert _native.load(backend).build_info()["sanitized"], f"the {backend} kernels are not the sanitized ones"
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
