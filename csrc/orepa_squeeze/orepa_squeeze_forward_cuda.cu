@@ -83,8 +83,9 @@ class Epilogue {
   T scale_[kSqueezeBranches];
 };
 
-template <class Tile>
-__global__ void __launch_bounds__(kTileThreads, sizeof(typename Tile::Scalar) == 4 ? 3 : 2)
+// kPositions: 9 when every layer is 3x3, else 0.
+template <class Tile, int kPositions>
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<typename Tile::Scalar, kPositions>)
 squeeze_forward(const __grid_constant__ ForwardTable table) {
   using T = typename Tile::Scalar;
   RK_DYN_SMEM(T, shared);
@@ -96,7 +97,7 @@ squeeze_forward(const __grid_constant__ ForwardTable table) {
 
   if (layer.expand != nullptr) {
     const int64_t kernel = static_cast<int64_t>(layer.co_g) * layer.cm_g * layer.kk;
-    const ColumnCopy<T> right(static_cast<const T*>(layer.expand) + place.group * kernel, layer.cm_g, columns, place);
+    const ColumnCopy<T, kPositions> right(static_cast<const T*>(layer.expand) + place.group * kernel, layer.cm_g, columns, place);
     const T* reduce = static_cast<const T*>(layer.reduce) + static_cast<int64_t>(place.group) * layer.cm_g * layer.ci_g;
     multiply<Tile, false>(shared, reduce, layer.cm_g, layer.ci_g, layer.aligned, right, layer.cm_g, place.m0);
   }
@@ -154,6 +155,39 @@ ForwardLayer describe(const SqueezeLayer& in, void* out, size_t element) {
   return layer;
 }
 
+struct Call {
+  const SqueezeLayer* layers;
+  void* const* out;
+  DType dtype, out_dtype;
+  bool channels_last;
+  void* stream;
+};
+
+using Indices = std::vector<int>::const_iterator;
+
+template <class Tile, int kPositions>
+Status launch_all(const Call& call, Indices first, Indices last) {
+  while (first != last) {
+    ForwardTable table{};
+    table.count = static_cast<int>(std::min<std::ptrdiff_t>(kLayersPerLaunch, last - first));
+    table.out_dtype = call.out_dtype;
+    table.channels_last = call.channels_last;
+    int tiles = 0;
+    for (int i = 0; i < table.count; ++i) {
+      const SqueezeLayer& in = call.layers[first[i]];
+      ForwardLayer& layer = table.layers[i];
+      layer = describe(in, call.out[first[i]], size_of(call.dtype));
+      layer.first_tile = tiles;
+      tiles += static_cast<int>(in.groups) * ceil_div(layer.ci_g, kTileM) * Columns(layer.kk).tiles(layer.co_g);
+    }
+    const Status status = RK_LAUNCH((squeeze_forward<Tile, kPositions>), dim3(tiles), dim3(kTileThreads),
+                                    kSharedBytes<typename Tile::Scalar>, call.stream, table);
+    if (status != nullptr) return status;
+    first += table.count;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 size_t orepa_squeeze_forward_cuda_workspace(const SqueezeLayer*, int, DType) { return 0; }
@@ -169,26 +203,13 @@ Status orepa_squeeze_forward_cuda(const SqueezeLayer* layers, void* const* out, 
   auto depth = [&](int i) { return layers[i].expand == nullptr ? 0 : layers[i].cm / layers[i].groups; };
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return depth(a) > depth(b); });
 
+  const auto middle = std::stable_partition(order.begin(), order.end(), [&](int i) { return layers[i].k == 3; });
+
   return with_tile(dtype, math, [&](auto tile) -> Status {
     using Tile = decltype(tile);
-    for (int first = 0; first < count; first += kLayersPerLaunch) {
-      ForwardTable table{};
-      table.count = std::min(kLayersPerLaunch, count - first);
-      table.out_dtype = out_dtype;
-      table.channels_last = channels_last;
-      int tiles = 0;
-      for (int i = 0; i < table.count; ++i) {
-        const SqueezeLayer& in = layers[order[first + i]];
-        ForwardLayer& layer = table.layers[i];
-        layer = describe(in, out[order[first + i]], size_of(dtype));
-        layer.first_tile = tiles;
-        tiles += static_cast<int>(in.groups) * ceil_div(layer.ci_g, kTileM) * Columns(layer.kk).tiles(layer.co_g);
-      }
-      const Status status = RK_LAUNCH(squeeze_forward<Tile>, dim3(tiles), dim3(kTileThreads),
-                                      kSharedBytes<typename Tile::Scalar>, stream, table);
-      if (status != nullptr) return status;
-    }
-    return nullptr;
+    const Call call{layers, out, dtype, out_dtype, channels_last, stream};
+    if (Status status = launch_all<Tile, 9>(call, order.begin(), middle)) return status;
+    return launch_all<Tile, 0>(call, middle, order.end());
   });
 }
 

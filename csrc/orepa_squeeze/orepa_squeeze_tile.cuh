@@ -10,7 +10,6 @@ namespace squeeze {
 
 constexpr int kDepth = 2 * kSlab;        // depth of one stage
 constexpr int kRowK = kDepth + 4;        // a row of the [m][k] operand: 8 rows x 4 columns in 32 different banks
-constexpr int kSlots = kDepth;           // elements of the [k][n] operand each thread copies
 
 template <class T>
 constexpr int kStages = sizeof(T) == 4 ? 3 : 2;
@@ -19,6 +18,10 @@ constexpr int kStageElements = (kTileM * kRowK > kDepth * kRowM ? kTileM * kRowK
 template <class T>
 constexpr size_t kSharedBytes =
     sizeof(T) * (kStages<T> * kStageElements<T> > kTileM * kRowC ? kStages<T> * kStageElements<T> : kTileM * kRowC);
+
+// What the register budget is planned for: benchmarks/check_registers.py holds it.
+template <class T, int kPositions>
+constexpr int kBlocksPerSm = sizeof(T) == 4 && kPositions == 9 ? 3 : 2;
 
 // The columns (o, position) of a tile: whole output channels where a kernel fits into a tile, else a chunk of one.
 struct Columns {
@@ -53,42 +56,71 @@ struct Place {
   }
 };
 
-// Copies [channel][k][position] from global memory to [k][column]. The pattern is the same in every stage, so that
-// each thread computes its addresses once.
-template <class T>
+// Copies [channel][k][position] from global memory to [k][column]; zeros where there is nothing. Any kernel size.
+template <class T, int kPositions>
 class ColumnCopy {
  public:
   __device__ ColumnCopy(const T* from, int depth, const Columns& columns, const Place& place)
-      : from_(from), step_(kDepth * columns.kk), total_(columns.per_tile * columns.chunk * kDepth), depth_(depth) {
-    const Divisor by_chunk(columns.chunk), by_channel(columns.chunk * kDepth);
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      const unsigned e = threadIdx.x + s * kTileThreads;
-      const unsigned o = by_channel.divide(e), rest = e - o * by_channel.value, k = by_chunk.divide(rest);
-      const unsigned p = rest - k * by_chunk.value;
-      const bool there = static_cast<int>(o) < place.channels && static_cast<int>(p) < place.positions;
-      to_[s] = (k * kRowN + o * by_chunk.value + p) * 32 + k + (there ? 16 : 0);
-      offset_[s] = static_cast<int>(((place.o0 + o) * depth + k) * columns.kk + place.p0 + p);
-    }
-  }
+      : from_(from), depth_(depth), columns_(columns), place_(place), by_chunk_(columns.chunk), by_channel_(columns.chunk * kDepth) {}
 
-  // Stage `stage` of the depth, into `to`; zeros where there is nothing.
+  // Stage `stage` of the depth, into `to`.
   __device__ __forceinline__ void load(T* to, int stage) const {
-    const int left = depth_ - stage * kDepth;
-    const T* base = from_ + static_cast<int64_t>(stage) * step_;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      if (static_cast<int>(threadIdx.x) + s * kTileThreads >= total_) break;
-      const bool there = (to_[s] & 16) != 0 && (to_[s] & 15) < left;
-      copy_async<sizeof(T)>(to + to_[s] / 32, there ? base + offset_[s] : from_, there);
+    const int total = columns_.per_tile * columns_.chunk * kDepth;
+    for (int e = threadIdx.x; e < total; e += kTileThreads) {
+      const int o = by_channel_.divide(e), rest = e - o * by_channel_.value, k = by_chunk_.divide(rest);
+      const int p = rest - k * columns_.chunk, at = stage * kDepth + k;
+      const bool there = o < place_.channels && p < place_.positions && at < depth_;
+      const T* source = from_ + static_cast<int64_t>((place_.o0 + o) * depth_ + at) * columns_.kk + place_.p0 + p;
+      copy_async<sizeof(T)>(to + k * kRowN + o * columns_.chunk + p, there ? source : from_, there);
     }
   }
 
  private:
   const T* from_;
-  int step_, total_, depth_;
-  int to_[kSlots];      // place in shared memory * 32 + k + 16 if the column exists
-  int offset_[kSlots];  // from the group's first element, at stage 0
+  int depth_;
+  const Columns& columns_;
+  const Place& place_;
+  Divisor by_chunk_, by_channel_;
+};
+
+// The same for 3x3: a channel's stage is one run of memory, and each warp takes every fourth channel.
+template <class T>
+class ColumnCopy<T, 9> {
+ public:
+  __device__ ColumnCopy(const T* from, int depth, const Columns&, const Place& place)
+      : depth_(depth * 9), channels_(place.channels) {
+    const int lane = threadIdx.x % 32;
+    from_ = from + static_cast<int64_t>(place.o0 + warp()) * depth_ + lane;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int e = lane + piece * 32;
+      to_[piece] = e / 9 * kRowN + e % 9 + warp() * 9;
+    }
+  }
+
+  __device__ __forceinline__ void load(T* to, int stage) const {
+    const int left = depth_ - stage * kRun - static_cast<int>(threadIdx.x) % 32;
+    const T* source = from_ + stage * kRun;
+#pragma unroll
+    for (int step = 0; step < kChannels; step += kWarps) {
+      const bool exists = warp() + step < channels_;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const bool here = (piece + 1 < kPieces || threadIdx.x % 32 < kRun % 32) && warp() + step < kChannels;
+        const bool there = exists && piece * 32 < left;
+        if (here) copy_async<sizeof(T)>(to + to_[piece] + step * 9, there ? source + piece * 32 : from_, there);
+      }
+      source += static_cast<int64_t>(kWarps) * depth_;
+    }
+  }
+
+ private:
+  static constexpr int kRun = kDepth * 9, kPieces = ceil_div(kRun, 32), kWarps = kTileThreads / 32, kChannels = kTileN / 9;
+  static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+
+  const T* from_;
+  int depth_, channels_;
+  int to_[kPieces];
 };
 
 // Copies rows [row0, row0 + kRows) x columns [column0, column0 + kColumns) of a matrix [rows][columns] to rows of
@@ -117,9 +149,9 @@ __device__ __forceinline__ void copy_matrix(T* to, const T* from, int rows, int 
 // tile += A·B over `depth`, A = reduce (or its transpose), B = the columns of a kernel. Ends with the result staged in
 // shared memory as [m][kRowC] and all threads past a barrier.
 // kTransposed: false: reduce[k][m]; true: reduce[m][k]. `rows` and `columns` are those of the matrix in memory.
-template <class Tile, bool kTransposed>
+template <class Tile, bool kTransposed, class Right>
 __device__ __forceinline__ void multiply(typename Tile::Scalar* shared, const typename Tile::Scalar* reduce, int rows,
-                                         int columns, bool aligned, const ColumnCopy<typename Tile::Scalar>& right,
+                                         int columns, bool aligned, const Right& right,
                                          int depth, int m0) {
   using T = typename Tile::Scalar;
   constexpr int kLeft = kStageElements<T> - kDepth * kRowN;
