@@ -62,7 +62,7 @@ def test_squeeze_gradients_over_many_tiles(case):
 
 
 def test_squeeze_gradients_over_many_tiles_in_float64():
-    layer = random_layer(18, 17, 3, cm=17, expansion=2)
+    layer = random_layer(18, 17, 3, cm=23, expansion=2)
     check(OPS[BACKWARD], squeeze_samples._backward("float64", [layer]), torch.float64)
 
 
