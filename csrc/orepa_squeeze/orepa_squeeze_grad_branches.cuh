@@ -184,7 +184,7 @@ class BranchTile {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) squeeze_grad_branches(const __grid_constant__ BranchTable table) {
+__global__ void __launch_bounds__(kTileThreads, 4) squeeze_grad_branches(const __grid_constant__ BranchTable table) {
   RK_DYN_SMEM(T, shared);
   int which = 0;
   while (which + 1 < table.count && static_cast<int>(blockIdx.x) >= table.layers[which + 1].first_tile) ++which;

@@ -137,6 +137,7 @@ __device__ __forceinline__ void copy_matrix(T* to, const T* from, int rows, int 
       copy_async<16>(to + r * kRow + c, there ? from + static_cast<int64_t>(row0 + r) * columns + column0 + c : from, there);
     }
   } else {
+#pragma unroll 1  // the rare path must not take registers from the other
     for (int e = threadIdx.x; e < kRows * kColumns; e += kTileThreads) {
       const int r = e / kColumns, c = e % kColumns;
       const bool there = row0 + r < rows && column0 + c < columns;

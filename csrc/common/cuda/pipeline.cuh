@@ -23,7 +23,7 @@ __device__ __forceinline__ void run_pipeline(Tile& tile, typename Tile::Scalar* 
     if (step + kStages - 1 < steps) load(shared + next * kStageElements, step + kStages - 1);
     copy_commit();
     const T* stage = shared + current * kStageElements;
-#pragma unroll
+#pragma unroll 1  // one slab fills the issue slots; more only cost registers
     for (int k0 = 0; k0 < kDepth; k0 += kSlab) {
       tile.step([&](int m, int k) { return a(stage, m, k0 + k); }, [&](int k, int n) { return b(stage, k0 + k, n); });
     }
