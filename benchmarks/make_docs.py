@@ -21,7 +21,7 @@ Every row was checked against the float64 reference before it was timed. Times a
 neighbouring samples of one run (A B A B …), with the 20th and 80th percentile in brackets. "eager" is the published
 multi-branch formulation written in torch calls, "compile" the same under `torch.compile` (a compiled function a layer).
 "conv2d" is the convolution that the kernel feeds (batch 32, a ResNet's feature map size): ours costs that much less.
-Percent of peak refers to the fastest large matrix product or convolution of torch in the same run, which is named.
+Percent of peak refers to the fastest large matrix product or convolution of torch, timed in turn with ours.
 Commits with "+" had uncommitted changes. How to measure again: benchmarks/README.md.
 """
 BACKENDS_HEAD = """# Backends
@@ -83,13 +83,13 @@ def ops_section(rows: list[Row]) -> str:
         rate = f"{float(own['gflops']):.0f} ({float(own['peak_percent']):.0f} %)"
         lines.append([f"`{op}` {case}", what, dtype, name, milliseconds(own["ms"]), rate,
                       *(ratio(of[b]) for b in ("eager", "compile", "conv2d"))])  # fmt: skip
-    peaks = {
-        f"{float(row['peak_gflops']):.0f} GFLOP/s ({row['peak_source']})"
-        for row in found.values()
-        if row["peak_gflops"]
-    }
+    rates: dict[str, list[float]] = {}
+    for row in found.values():
+        if row["peak_gflops"]:
+            rates.setdefault(row["peak_source"], []).append(float(row["peak_gflops"]))
+    peaks = [f"{source}, {min(values):.0f} to {max(values):.0f} GFLOP/s" for source, values in rates.items()]
     head = ["op, case", "pass", "dtype", "backend", "time", "GFLOP/s (of peak)", "x eager", "x compile", "x conv2d"]
-    return f"### Ops\n\nMeasured peak: {', '.join(sorted(peaks))}.\n\n{table(head, lines)}"
+    return f"### Ops\n\nPeak: {'; '.join(sorted(peaks))}.\n\n{table(head, lines)}"
 
 
 def train_section(rows: list[Row]) -> str:

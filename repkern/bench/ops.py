@@ -36,6 +36,7 @@ class OpsOptions:
     dtype: torch.dtype = torch.float32
     pairs: int = 15
     min_sample_seconds: float = 0.01
+    max_seconds: float = 12.0
     cuda_graph: bool = False
     quick: bool = False
     ours: Mapping[str, Callable[[Problem], Forward]] = field(default_factory=dict)
@@ -54,7 +55,8 @@ def run_ops(
 ) -> list[str]:
     """Hand every row to `on_row` as soon as it is measured; return the failed checks in words."""
     peak = measure_peak(options.dtype, options.device, quick=options.quick)
-    say(f"peak: {peak.gflops:.0f} GFLOP/s ({peak.source}); upper bound: {peak.bound}; percentages refer to the former")
+    say(f"peak: {peak.gflops:.0f} GFLOP/s ({peak.source}); upper bound: {peak.bound}")
+    say(f"percentages refer to {peak.source}, timed in turn with ours")
     failures: list[str] = []
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.op} {case.name}")
@@ -164,8 +166,13 @@ def _measure(
         works["conv2d"] = conv
     if options.cuda_graph:
         works = {name: graphed(work) for name, work in works.items()}
+    works["peak"] = Workload(lambda _: peak.run())
     samples = measure_pairs(
-        works, pairs=options.pairs, min_sample_seconds=options.min_sample_seconds, device=options.device
+        works,
+        pairs=options.pairs,
+        min_sample_seconds=options.min_sample_seconds,
+        max_seconds=options.max_seconds,
+        device=options.device,
     )
     for backend in options.backends:
         if backend not in samples:
@@ -185,7 +192,7 @@ def _common(
         kind="ops", op=problem.case.op, case=problem.case.name, what=what,
         dtype=str(options.dtype).removeprefix("torch."), device=options.device,
         mode="cuda-graph" if options.cuda_graph else "eager", backend=backend,
-        ms_p20=p20, ms=p50, ms_p80=p80, pairs=options.pairs, error_over_bound=checks[backend].worst,
+        ms_p20=p20, ms=p50, ms_p80=p80, pairs=len(samples[backend]), error_over_bound=checks[backend].worst,
     )  # fmt: skip
 
 
@@ -196,11 +203,12 @@ def _own_row(
     row = _common(problem, what, backend, samples, checks, options)
     seconds = quantiles(samples[backend]).p50
     gflops = problem.case.flops(what) / seconds / 1e9
-    percent = 100 * gflops / peak.gflops
+    peak_gflops = peak.flops / quantiles(samples["peak"]).p50 / 1e9
+    percent = 100 * problem.case.flops(what) / peak.flops * ratio_of_pairs(samples["peak"], samples[backend]).p50
     target = targets.peak_target(options.device, problem.case.name, what)
     return dataclasses.replace(
         row, gflops=gflops, gbytes_per_s=problem.bytes(what) / seconds / 1e9, peak_percent=percent,
-        peak_gflops=peak.gflops, peak_source=peak.source, target=str(target or ""),
+        peak_gflops=peak_gflops, peak_source=peak.source, target=str(target or ""),
         verdict=targets.verdict(target, percent if options.device == "cpu" else 1e6 * seconds),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ __all__ = ["Quantiles", "Workload", "graphed", "measure_pairs", "quantiles", "ra
 
 _WARMUP_RUNS = 2
 _MAX_INNER = 10_000
+_FEWEST_PAIRS = 5
 
 
 class Quantiles(NamedTuple):
@@ -55,15 +56,27 @@ def ratio_of_pairs(numerator: list[float], denominator: list[float]) -> Quantile
 
 
 def measure_pairs(
-    workloads: Mapping[str, Workload], *, pairs: int, min_sample_seconds: float = 0.01, device: str = "cpu"
+    workloads: Mapping[str, Workload],
+    *,
+    pairs: int,
+    min_sample_seconds: float = 0.01,
+    max_seconds: float = math.inf,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Seconds a run, `pairs` samples of each workload, interleaved A B A B.
 
-    A sample repeats its workload until it lasts `min_sample_seconds`. CUDA times come from events.
+    A sample repeats its workload until it lasts `min_sample_seconds`. What would take longer than `max_seconds` gets
+    fewer pairs, but five at least (or `pairs`, if that is less). CUDA times come from events.
     """
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
-    inner = {name: _calibrate(work, min_sample_seconds, device) for name, work in workloads.items()}
+    once = {name: _once(work, device) for name, work in workloads.items()}
+    inner = {
+        name: max(1, min(_MAX_INNER, math.ceil(min_sample_seconds / max(seconds, 1e-9))))
+        for name, seconds in once.items()
+    }
+    round_seconds = sum(inner[name] * seconds for name, seconds in once.items())
+    pairs = min(pairs, max(_FEWEST_PAIRS, int(max_seconds / round_seconds) if max_seconds < math.inf else pairs))
     samples: dict[str, list[float]] = {name: [] for name in workloads}
     was_enabled = gc.isenabled()
     gc.collect()
@@ -106,10 +119,9 @@ def graphed(work: Workload) -> Workload:
     return Workload(lambda _: graph.replay())
 
 
-def _calibrate(work: Workload, min_sample_seconds: float, device: str) -> int:
+def _once(work: Workload, device: str) -> float:
     _sample(work, _WARMUP_RUNS, device)
-    once = _sample(work, 1, device)
-    return max(1, min(_MAX_INNER, math.ceil(min_sample_seconds / max(once, 1e-9))))
+    return _sample(work, 1, device)
 
 
 def _sample(work: Workload, inner: int, device: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,7 @@ def ops(
         dtype=getattr(torch, dtype),
         pairs=pairs or (5 if quick else 15),
         min_sample_seconds=0.002 if quick else 0.01,
+        max_seconds=math.inf if pairs else 12.0,
         cuda_graph=cuda_graph,
         quick=quick,
     )
