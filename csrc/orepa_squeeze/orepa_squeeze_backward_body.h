@@ -1,5 +1,5 @@
 // Backward of one layer whose groups fill vectors, in four steps whose units are independent:
-// pack; one pass over the output gradient per panel of input channels; grad expand per block of outputs; grad reduce.
+// pack; one pass over the output gradient; grad expand (and the last sum of grad depthwise); grad reduce.
 #pragma once
 #include "common/lane_product_body.h"
 #include "orepa_squeeze/orepa_squeeze_forward_body.h"
@@ -15,25 +15,28 @@ struct BackwardPlan {
   using R = Rows<T>;
   static constexpr int W = V::width;
   static constexpr int64_t kTilePositions = 72;    // as in ForwardPlan
-  static constexpr int64_t kChunkPositions = 108;  // positions of the output gradient that are in work at once
-  static constexpr int64_t kDepth = 160;           // positions summed between two visits to a tile of grad reduce
-  static constexpr int64_t kRange = 72;            // most internal channels in a unit of grad reduce
+  static constexpr int64_t kPart = 16;             // fewest output channels in a unit of the pass over the gradient
+  static constexpr int64_t kChunkPositions = 54;   // positions of the gradient that are in work at once there
+  static constexpr int64_t kDepth = 320;           // positions summed between two visits to a tile of grad reduce
+  static constexpr int64_t kRange = 144;           // most internal channels in a unit of grad reduce
 
   View<T> in;
   GradView<T> to;
   Panels<T> panels;        // of input channels
   Panels<T> internals;     // of internal channels
   int64_t block;           // output channels in a unit of grad expand
-  int64_t chunk;           // output channels in work at once in the pass over the output gradient
+  int64_t parts;           // units of the pass over the output gradient in a group; not a matter of threads
+  int64_t chunk;           // output channels in work at once there
   int64_t ranges;          // units of grad reduce in a group
   T* reduce;               // [g][internal panel][Ci/g][lanes]: reduce transposed
   T* depthwise;            // [g][vector][e][K * K][W]
   T* outer;                // [g][panel][Co/g][K * K][lanes]: the output gradient times the scale of the product branch
-  T* partial;              // [panel][branch][Co]: gradients of the scales
+  T* sums;                 // [g][part][vector][e][K * K][W]: grad depthwise, a part for each unit of the pass
 
   BackwardPlan(const View<T>& view, const GradView<T>& grads, int threads)
       : in(view), to(grads), panels(view.cig), internals(larger(view.cmg, 1)),
-        block(lesser(larger(kTilePositions / view.kk, 1), 18)), chunk(lesser(larger(kChunkPositions / view.kk, 1), 12)) {
+        block(lesser(larger(kTilePositions / view.kk, 1), 18)), parts(lesser(divide_up(view.cog, kPart), 16)),
+        chunk(lesser(larger(kChunkPositions / view.kk, 1), 12)) {
     block = lesser(block, larger(view.co / (2 * threads), 1));
     const int64_t wanted = larger(divide_up(view.cmg, kRange), divide_up(2 * threads, view.groups));
     ranges = lesser(wanted, divide_up(view.cmg, 9));
@@ -45,18 +48,19 @@ struct BackwardPlan {
     reduce = space.template take<T>(in.expand == nullptr ? 0 : inner * in.cig);
     depthwise = space.template take<T>(in.project == nullptr ? 0 : lanes * in.e * in.kk);
     outer = space.template take<T>(in.expand == nullptr ? 0 : lanes * in.cog * in.kk);
-    partial = space.template take<T>(panels.count * kSqueezeBranches * in.co);
+    sums = space.template take<T>(in.project == nullptr ? 0 : lanes * parts * in.e * in.kk);
   }
 
   int64_t pack_units() const { return in.groups * (panels.count + (in.expand == nullptr ? 0 : internals.count)); }
-  int64_t pass_units() const { return in.groups * panels.count; }
-  int64_t blocks_per_group() const { return divide_up(in.cog, block); }
-  int64_t expand_units() const { return in.groups * blocks_per_group(); }
+  int64_t pass_units() const { return in.groups * parts; }
+  int64_t blocks_per_group() const { return in.expand == nullptr ? 0 : divide_up(in.cog, block); }
+  int64_t expand_units() const {
+    return in.groups * (blocks_per_group() + (in.project == nullptr ? 0 : panels.vectors));
+  }
   int64_t reduce_units() const { return in.expand == nullptr ? 0 : in.groups * ranges; }
 
   int64_t pass_scratch() const {
-    const int64_t outputs = chunk * (in.kk + 2 * in.e + kSqueezeBranches) * W;
-    return outputs + panels_widest() * in.e * in.kk;
+    return larger(chunk * (in.kk + 2 * in.e + kSqueezeBranches), in.e * in.kk) * W;
   }
   int64_t expand_scratch() const { return (block + 1) * in.kk * panels_widest(); }
   int64_t reduce_scratch() const { return divide_up(in.cmg, larger(ranges, 1)) * panels.vectors * W; }
@@ -67,6 +71,9 @@ struct BackwardPlan {
     return reduce + (g * internals.vectors + internals.first_vector(panel)) * W * in.cig;
   }
   T* packed_depthwise(int64_t g, int64_t v) const { return depthwise + (g * panels.vectors + v) * W * in.e * in.kk; }
+  T* part_of_depthwise(int64_t g, int64_t part) const {
+    return sums + (g * parts + part) * panels.vectors * W * in.e * in.kk;
+  }
   T* packed_outer(int64_t g, int64_t panel) const {
     return outer + (g * panels.vectors + panels.first_vector(panel)) * W * in.cog * in.kk;
   }
@@ -95,46 +102,53 @@ struct BackwardPlan {
   // --- the pass over the output gradient ---
 
   void pass(int64_t unit, T* scratch) const {
-    const int64_t g = unit / panels.count, panel = unit % panels.count, vectors = panels.width(panel);
-    T* sums = scratch;  // [vector][e][K * K][W]: grad depthwise
-    T* work = sums + vectors * in.e * in.kk * W;
-    if (in.project != nullptr) R::clear(sums, vectors * in.e * in.kk * W);
-    for (int64_t o = g * in.cog; o < (g + 1) * in.cog; o += chunk)
-      pass_chunk(g, panel, o, lesser(chunk, (g + 1) * in.cog - o), sums, work);
-    if (in.project == nullptr) return;
-    const int64_t rows = in.e * in.kk;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t i = panels.first_lane(panel) + v * W, lanes = lesser(W, in.cig - i);
-      R::join(sums + v * rows * W, W, lanes, rows, to.depthwise + (g * in.cig + i) * rows, rows);
-    }
+    const int64_t g = unit / parts, part = unit % parts;
+    const int64_t begin = in.cog * part / parts, end = in.cog * (part + 1) / parts;
+    T* sums = part_of_depthwise(g, part);
+    if (in.project != nullptr) R::clear(sums, panels.vectors * in.e * in.kk * W);
+    for (int64_t o = begin; o < end; o += chunk) pass_chunk(g, g * in.cog + o, lesser(chunk, end - o), sums, scratch);
   }
 
-  void pass_chunk(int64_t g, int64_t panel, int64_t o, int64_t outputs, T* sums, T* work) const {
-    const int64_t vectors = panels.width(panel), first = panels.first_lane(panel);
+  void pass_chunk(int64_t g, int64_t o, int64_t outputs, T* sums, T* work) const {
     T* grads = work;                                      // [output][K * K][W]
     T* weights = grads + chunk * in.kk * W;               // [output][e][W]
     T* inner = weights + chunk * in.e * W;                // [output][e][W]
     T* scale_sums = inner + chunk * in.e * W;             // [output][branch][W]
     R::clear(scale_sums, outputs * kSqueezeBranches * W);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t i = first + v * W, lanes = lesser(W, in.cig - i);
-      for (int64_t n = 0; n < outputs; ++n) {
-        T* grad = grads + n * in.kk * W;
-        R::split(to.out + ((o + n) * in.cig + i) * in.kk, in.kk, lanes, in.kk, grad, W);
-        simple(o + n, i, lanes, grad, scale_sums + n * kSqueezeBranches * W);
-        if (in.expand != nullptr) keep(g, panel, v, o + n, grad);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      for (int64_t v = 0; v < panels.width(panel); ++v) {
+        const int64_t i = panels.first_lane(panel) + v * W, lanes = lesser(W, in.cig - i);
+        for (int64_t n = 0; n < outputs; ++n) {
+          T* grad = grads + n * in.kk * W;
+          R::split(to.out + ((o + n) * in.cig + i) * in.kk, in.kk, lanes, in.kk, grad, W);
+          simple(o + n, i, lanes, grad, scale_sums + n * kSqueezeBranches * W);
+          if (in.expand != nullptr) keep(g, panel, v, o + n, grad);
+        }
+        if (in.project != nullptr)
+          projected(g, i, lanes, o, outputs, grads, weights, inner, scale_sums, sums + i * in.e * in.kk);
       }
-      if (in.project != nullptr)
-        projected(g, i, lanes, o, outputs, grads, weights, inner, scale_sums, sums + v * in.e * in.kk * W);
     }
-    const int64_t used = lesser(vectors * W, in.cig - first);
-    for (int64_t n = 0; n < outputs; ++n) {
-      T* row = partial + panel * kSqueezeBranches * in.co + o + n;
-      const int64_t at = ((o + n) * in.cig + first) * in.kk;
-      for (int b = 0; b < kSqueezeBranches; ++b) row[b * in.co] = V::sum(V::load(scale_sums + (n * kSqueezeBranches + b) * W));
-      if (in.origin != nullptr)
-        row[kOrigin * in.co] = R::scale_dot(to.origin + at, to.out + at, in.origin + at, in.scale(kOrigin, o + n), used * in.kk);
+    for (int64_t n = 0; n < outputs; ++n) finish_scales(o + n, scale_sums + n * kSqueezeBranches * W);
+  }
+
+  void finish_scales(int64_t o, const T* scale_sums) const {
+    const bool summed[] = {false, in.avg != nullptr, in.prior != nullptr, false, in.pointwise != nullptr, in.project != nullptr};
+    for (int b = 0; b < kSqueezeBranches; ++b) {
+      if (summed[b]) to.set_scale(static_cast<Branch>(b), o, V::sum(V::load(scale_sums + b * W)));
     }
+    if (in.origin == nullptr) return;
+    const int64_t size = in.cig * in.kk;
+    to.set_scale(kOrigin, o,
+                 R::scale_dot(to.origin + o * size, to.out + o * size, in.origin + o * size, in.scale(kOrigin, o), size));
+  }
+
+  // The parts of grad depthwise, summed in their order whichever thread made them.
+  void finish_depthwise(int64_t unit, T* total) const {
+    const int64_t g = unit / panels.vectors, v = unit % panels.vectors, rows = in.e * in.kk;
+    const int64_t i = v * W, lanes = lesser(W, in.cig - i);
+    R::clear(total, rows * W);
+    for (int64_t part = 0; part < parts; ++part) R::axpy(total, part_of_depthwise(g, part) + v * rows * W, T(1), rows * W);
+    R::join(total, W, lanes, rows, to.depthwise + (g * in.cig + i) * rows, rows);
   }
 
   // Branches with one value a channel. `grad`: [K * K][W].
@@ -193,10 +207,9 @@ struct BackwardPlan {
   // --- grad expand, and the gradients of the scales ---
 
   void expand(int64_t unit, T* scratch) const {
+    if (unit >= in.groups * blocks_per_group()) return finish_depthwise(unit - in.groups * blocks_per_group(), scratch);
     const int64_t g = unit / blocks_per_group(), start = unit % blocks_per_group() * block;
     const int64_t o = g * in.cog + start, outputs = lesser(block, in.cog - start);
-    add_partial_scales(o, outputs);
-    if (in.expand == nullptr) return;
     T d_scale[18] = {};
     for (int64_t panel = 0; panel < internals.count; ++panel) {
       const int64_t width = internals.width(panel) * W, tile = in.kk * width, first = internals.first_lane(panel);
@@ -224,20 +237,13 @@ struct BackwardPlan {
     const Columns rows = Columns::strided(width);
     if (in.kk == 1)
       return Gemm<T>::run(internals.width(panel), depth, a, b, Columns::strided(in.cig), tiles, rows, outputs, false);
-    for (int64_t n = 0; n < outputs; ++n)
+    const int64_t first = internals.first_lane(panel), used = lesser(width, in.cmg - first);
+    for (int64_t n = 0; n < outputs; ++n) {
+      const int64_t at = ((o + n) * in.cmg + first) * in.kk;
+      R::prefetch(in.expand + at, used * in.kk);
+      R::prefetch(to.expand + at, used * in.kk);
       Gemm<T>::run(internals.width(panel), depth, a, b + n * in.cig * in.kk, Columns::strided(1), tiles + n * tile, rows,
                    in.kk, false);
-  }
-
-  void add_partial_scales(int64_t o, int64_t outputs) const {
-    const T* const heads[] = {in.origin, in.avg, in.prior, nullptr, in.pointwise, in.project};
-    for (int b = 0; b < kSqueezeBranches; ++b) {
-      if (heads[b] == nullptr || to.scales[b] == nullptr) continue;
-      for (int64_t n = o; n < o + outputs; ++n) {
-        T total = 0;
-        for (int64_t panel = 0; panel < panels.count; ++panel) total += partial[(panel * kSqueezeBranches + b) * in.co + n];
-        to.scales[b][n] = total;
-      }
     }
   }
 
@@ -250,6 +256,8 @@ struct BackwardPlan {
     for (int64_t o = 0; o < in.cog; o += step) {
       const int64_t outputs = lesser(step, in.cog - o);
       const T* b = in.expand + ((g * in.cog + o) * in.cmg + begin) * in.kk;
+      for (int64_t n = outputs; n < lesser(outputs + step, in.cog - o); ++n)
+        R::prefetch(b + n * in.cmg * in.kk, count * in.kk);
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         const int64_t width = panels.width(panel) * W;
         const T* a = packed_outer(g, panel) + o * in.kk * width;

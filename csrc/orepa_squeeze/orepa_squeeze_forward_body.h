@@ -96,9 +96,22 @@ struct ForwardPlan {
     const Columns rows = Columns::strided(width);
     if (in.kk == 1)
       return Gemm<T>::run(panels.width(panel), depth, a, b, Columns::strided(in.cmg), tiles, rows, outputs, false);
-    for (int64_t n = 0; n < outputs; ++n)
+    for (int64_t n = 0; n < outputs; ++n) {
+      prefetch(panel, o + n);
       Gemm<T>::run(panels.width(panel), depth, a, b + n * in.cmg * in.kk, Columns::strided(1), tiles + n * tile, rows,
                    in.kk, false);
+    }
+  }
+
+  // What the epilogue of this tile reads lies far apart from output to output: too far for the hardware to foresee.
+  void prefetch(int64_t panel, int64_t o) const {
+    const int64_t i = o * in.cig + panels.first_lane(panel);
+    const int64_t used = lesser(panels.width(panel) * W, in.cig - panels.first_lane(panel));
+    R::prefetch(in.origin == nullptr ? nullptr : in.origin + i * in.kk, used * in.kk);
+    R::prefetch(in.project == nullptr ? nullptr : in.project + i * in.e, used * in.e);
+    R::prefetch(in.avg == nullptr ? nullptr : in.avg + i, used);
+    R::prefetch(in.prior == nullptr ? nullptr : in.prior + i, used);
+    R::prefetch(in.pointwise == nullptr ? nullptr : in.pointwise + i, used);
   }
 
   // Scales the product and adds the branches that have one value a channel.
@@ -153,8 +166,8 @@ struct ForwardPlan {
     } else {
       for (int64_t v = 0; v < used; v += W) R::join(tile + v, width, lesser(W, used - v), in.kk, flat + v * in.kk, in.kk);
     }
-    if (in.origin != nullptr) R::axpy(flat, in.origin + start, in.scale(kOrigin, o), used * in.kk);
-    R::store_as(out, start, out_dtype, flat, used * in.kk);
+    const T* origin = in.origin == nullptr ? nullptr : in.origin + start;
+    R::add_and_store(out, start, out_dtype, flat, origin, in.scale(kOrigin, o), used * in.kk);
   }
 
   void write_channels_last(int64_t o, int64_t panel, T* tile, T* flat, void* out, DType out_dtype) const {

@@ -51,6 +51,32 @@ struct Rows {
     return V::sum(V::add(total[0], total[1]));
   }
 
+  // out = flat + a x; `x` may be null. `out` is of any dtype: see store_as.
+  static void add_and_store(void* out, int64_t at, DType dtype, T* flat, const T* x, T a, int64_t n) {
+    constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
+    if (dtype != kOwn) {
+      if (x != nullptr) axpy(flat, x, a, n);
+      return store_as(out, at, dtype, flat, n);
+    }
+    T* to = static_cast<T*>(out) + at;
+    const Reg factor = V::set1(a);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) {
+      const Reg v = V::load(flat + j);
+      V::store(to + j, x == nullptr ? v : V::fma(factor, V::load(x + j), v));
+    }
+    if (j < n) {
+      const Reg v = V::load_n(flat + j, n - j);
+      V::store_n(to + j, x == nullptr ? v : V::fma(factor, V::load_n(x + j, n - j), v), n - j);
+    }
+  }
+
+  // Asks for n elements that will be needed after the next product; null is fine.
+  static void prefetch(const T* x, int64_t n) {
+    if (x == nullptr) return;
+    for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + j, 0, 2);
+  }
+
   static T dot(const T* x, const T* y, int64_t n) {
     Reg total = V::zero();
     int64_t j = 0;
