@@ -1,6 +1,7 @@
 """replace_convs and reparameterize on whole models: sharing, hooks, flags, what is left alone and what is reported."""
 
 import copy
+import functools
 import logging
 import pickle
 
@@ -174,6 +175,14 @@ def test_any_callable_with_conv_arguments_is_a_block():
     model = replace_convs(Net(), lambda *args, **kwargs: OREPAConv2d(*args, **kwargs, scaling="scalar"))
     assert model.stem.scaling == "scalar"
     assert model.depthwise.padding_mode == "reflect"
+
+
+def test_a_partial_of_a_block_adds_options():
+    block, report = functools.partial(OREPABlock, scaling="none", expansion=2), ReplaceReport()
+    model = replace_convs(Net(), block, fold_norm=True, report=report)
+    assert model.stem.conv.scaling == "none"
+    assert model.stem.conv.expansion == 2
+    assert report.folded["stem"] == "norm"
 
 
 def test_the_root_itself():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +77,8 @@ class RepBlock(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d) -> RepBlock:
-        """A fresh block in place of `conv`: its geometry, dtype and device, not its weights."""
+    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> RepBlock:
+        """A fresh block in place of `conv`: its geometry, dtype and device, not its weights; and other `options`."""
         make: Callable[..., RepBlock] = cls
         return make(
             conv.in_channels,
@@ -90,6 +91,7 @@ class RepBlock(nn.Module):
             padding_mode=conv.padding_mode,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
+            **options,
         )
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,9 +49,10 @@ def replace_convs(
 ) -> nn.Module:
     """Replace every eligible nn.Conv2d of `model` by a block, in place; call it before making the optimizer.
 
-    block: a `RepBlock` class, or a callable with nn.Conv2d's arguments. where(name, conv): False leaves a convolution
-    alone. Eligible: odd square kernels, floating dtype, nn.Conv2d itself or a subclass that computes the same way, with
-    no parametrization and no weight shared with another module. Existing blocks are not walked into.
+    block: a `RepBlock` class, a functools.partial of one, or a callable with nn.Conv2d's arguments.
+    where(name, conv): False leaves a convolution alone. Eligible: odd square kernels, floating dtype, nn.Conv2d itself
+    or a subclass that computes the same way, with no parametrization and no weight shared with another module. Existing
+    blocks are not walked into.
     preserve: the new block starts as exactly the old function (in eval mode, within rounding): its origin kernel takes
     what the other branches do not give. Without it the block has fresh initial values.
     fold_norm: for blocks that end in a norm of their own; the BatchNorm that follows a replaced convolution becomes
@@ -62,8 +64,9 @@ def replace_convs(
     model itself is a convolution, its replacement. UserWarning when there is nothing to replace.
     """
     report = ReplaceReport() if report is None else report
-    if fold_norm and not getattr(block, "has_norm", False):
-        name = getattr(block, "__name__", str(block))
+    kind, _ = _block_class(block)
+    if fold_norm and not (kind is not None and kind.has_norm):
+        name = str(block) if kind is None else kind.__name__
         raise ValueError(
             f"fold_norm=True needs a block with a norm of its own; {name} has none, and without the norm that follows "
             "it, training diverges (paper, Table 3): leave fold_norm=False, or use OREPABlock"
@@ -148,8 +151,8 @@ def _try_to_make(
 ) -> str | None:
     """Enter the block that replaces `conv` (and its norm) into `new_of`, or say why this block class cannot."""
     try:
-        is_ours = isinstance(block, type) and issubclass(block, RepBlock)
-        new = block.from_conv(conv) if is_ours else _construct(block, conv)  # type: ignore[attr-defined]
+        kind, options = _block_class(block)
+        new = _construct(block, conv) if kind is None else kind.from_conv(conv, **options)
     except ValueError as problem:
         return str(problem)
     if (preserve or norm is not None) and not isinstance(new, RepBlock):
@@ -185,6 +188,14 @@ def _copy_flags(conv: nn.Conv2d, new: nn.Module, norm: nn.Module | None) -> None
     for child in new.modules():
         if child is not norm:
             child.training = conv.training
+
+
+def _block_class(block: Callable[..., nn.Module]) -> tuple[type[RepBlock] | None, dict[str, Any]]:
+    """The block class, and the keyword arguments a functools.partial of it adds; None for any other callable."""
+    kind, options = block, {}
+    if isinstance(block, functools.partial) and not block.args:
+        kind, options = block.func, block.keywords
+    return (kind, options) if isinstance(kind, type) and issubclass(kind, RepBlock) else (None, {})
 
 
 def _construct(block: Callable[..., nn.Module], conv: nn.Conv2d) -> nn.Module:

@@ -63,6 +63,8 @@ class _GroupSqueeze:
 
     def before(self, model: nn.Module, args: Any) -> None:
         """Fill every convolution's kernel for this forward."""
+        if getattr(model, "_is_replica", False):
+            return  # nn.DataParallel's threads share this object, but not the convolutions
         if self._convs is None:
             self._convs = [module for module in model.modules() if isinstance(module, OREPAConv2d)]
         batches: dict[tuple[torch.dtype, torch.memory_format, torch.device, torch.dtype], list[OREPAConv2d]]

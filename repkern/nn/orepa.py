@@ -327,8 +327,8 @@ class OREPAConv2d(RepBlock):
             raise ValueError("the block has no bias to take the wanted one; make it with bias=True")
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d) -> OREPAConv2d:
-        """A fresh OREPAConv2d with the arguments `conv` was made with, its dtype and its device."""
+    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> OREPAConv2d:
+        """A fresh OREPAConv2d with the arguments, dtype and device of `conv`, and other `options`."""
         return cls(
             conv.in_channels,
             conv.out_channels,
@@ -341,6 +341,7 @@ class OREPAConv2d(RepBlock):
             conv.padding_mode,
             conv.weight.device,
             conv.weight.dtype,
+            **options,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OREPAConv2d:
