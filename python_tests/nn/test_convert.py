@@ -308,6 +308,12 @@ def test_blocks_keep_flags(randomize):
     assert not any(module.training for module in plain.modules())
 
 
+def test_synchronized_norms_fold_as_well(randomize, x):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(randomize(OREPARepVGGBlock(3, 3)))).eval()
+    assert isinstance(model[0].identity_bn, nn.SyncBatchNorm)
+    reparameterize(model, verify=x)
+
+
 def test_train_mode_warns(randomize):
     with pytest.warns(UserWarning, match="train mode"):
         plain = reparameterize(randomize(OREPABlock(3, 4, 3)))

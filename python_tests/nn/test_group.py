@@ -137,6 +137,18 @@ def test_other_modes_inside_the_forward():
     assert model.first.origin.grad is None
 
 
+def test_autocast_needs_no_second_squeeze(calls):
+    plain = Net()
+    grouped = group_squeeze(copy.deepcopy(plain))
+    x = images(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(grouped(x), plain(x))
+        calls["conv"].clear()
+        grouped(x)
+    # two launches: the stem's factor keeps float32, the others' kernels are bfloat16
+    assert calls == {"model": [2, 2, 2, 2], "conv": []}
+
+
 def test_a_convolution_called_alone():
     _, grouped = pair()
     grouped(images())

@@ -120,6 +120,8 @@ class OREPAConv2d(RepBlock):
         # Parameters stay contiguous, which is what the kernels read; channels_last is only remembered.
         self._channels_last = False
         self.grouped: GroupedKernel | None = None
+        # False in a factor of a larger kernel: what it is composed into keeps the parameters' precision.
+        self.follows_autocast = True
         self._saw_channels_last = False
         self._grouped_with_grad = False
         self.reset_parameters()
@@ -244,11 +246,12 @@ class OREPAConv2d(RepBlock):
 
     def parameter_kernel(self) -> Tensor:
         """The kernel in the parameters' dtype: what a larger kernel is composed from."""
-        return self._kernel(self.origin.dtype, self.last_format)
+        return self._kernel(self.origin.dtype, torch.contiguous_format)
 
     def kernel_dtype(self, device_type: str) -> torch.dtype:
         """The dtype conv2d computes in: autocast's for parameters it casts, else the parameters'."""
-        if self.origin.dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
+        casts = self.follows_autocast and self.origin.dtype is not torch.float64
+        if casts and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.origin.dtype
 

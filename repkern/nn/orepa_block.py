@@ -153,6 +153,9 @@ class OREPADeepStem(_NormedBlock):
             else nn.Conv2d(channels, out_channels, 3, **common)
             for channels, kind in zip(inputs, kinds, strict=True)
         )
+        for factor in self.factors:
+            if isinstance(factor, OREPAConv2d):
+                factor.follows_autocast = False
 
     def composed_kernel(self) -> Tensor:
         """[Co, Ci/g, K, K], with a gradient to every factor."""
