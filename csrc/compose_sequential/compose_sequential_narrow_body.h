@@ -1,4 +1,5 @@
 // Groups of few channels: nothing is transposed, the vectors run along rows of the kernels.
+#pragma once
 #include "common/parallel.h"
 #include "common/simd/rows_body.h"
 #include "common/workspace.h"
