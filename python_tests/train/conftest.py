@@ -67,7 +67,7 @@ def make_trainer():
         model = nn.Sequential(
             nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(216, 10)
         )
-        data = TensorBatches(random_data(), 16, seed=seed, max_shift=1)
+        data = TensorBatches(random_data(), 16, seed=seed, augment=1.0)
         if optimizer == "sgd":
             steps = torch.optim.SGD(model.parameters(), learning_rate, momentum=0.9, nesterov=True)
         else:

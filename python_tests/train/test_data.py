@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from repkern.train.data import DigitsData, MissingExtraError, TensorBatches, load_digits, random_shift
+from repkern.train.data import DigitsData, MissingExtraError, TensorBatches, load_digits, random_affine
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +44,39 @@ def test_without_scikit_learn_the_text_says_what_to_install(monkeypatch):
         load_digits()
 
 
-def test_shift_moves_whole_images_and_repeats_the_border():
-    images = torch.arange(2 * 2 * 4 * 5, dtype=torch.float32).reshape(2, 2, 4, 5)
-    wanted = set()
-    padded = torch.nn.functional.pad(images, (1,) * 4, mode="replicate")
-    for row in range(3):
-        for column in range(3):
-            wanted.add(tuple(padded[0, :, row : row + 4, column : column + 5].flatten().tolist()))
-    seen = set()
-    for seed in range(200):
-        shifted = random_shift(images, 1, torch.Generator().manual_seed(seed))
-        assert shifted.shape == images.shape
-        seen.add(tuple(shifted[0].flatten().tolist()))
-    assert seen == wanted
+def test_augmentation_is_an_affine_map_within_its_limits():
+    """The map that was drawn, read off an image whose values are the coordinates of its pixels."""
+    size, count = 32, 200
+    line = (torch.arange(size) + 0.5) * 8 / size - 4  # pixels of an 8x8 image, from its centre
+    x, y = line.expand(size, size), line[:, None].expand(size, size)
+    images = torch.stack([x, y]).expand(count, 2, size, size)
+    out = random_affine(images, 1.0, torch.Generator().manual_seed(0))
+    middle = slice(size // 2 - 6, size // 2 + 6)
+    x, y, out = x[middle, middle], y[middle, middle], out[:, :, middle, middle]
+    design = torch.stack([x.flatten(), y.flatten(), torch.ones(x.numel())], dim=1).double()
+    maps = (torch.linalg.pinv(design) @ out.flatten(2).transpose(1, 2).double()).transpose(1, 2)
+    assert (design @ maps.transpose(1, 2) - out.flatten(2).transpose(1, 2)).abs().max() < 1e-4
+    scale = torch.linalg.det(maps[:, :, :2]).sqrt()
+    angle = torch.rad2deg(torch.atan2(maps[:, 1, 0], maps[:, 0, 0]))
+    for drawn, middle, most in (
+        (scale, 1.0, 0.1),
+        (angle, 0.0, 10.0),
+        (maps[:, 0, 2], 0.0, 1.0),
+        (maps[:, 1, 2], 0, 1),
+    ):
+        assert (drawn - middle).abs().max() <= most * 1.001
+        assert drawn.min() < middle - 0.9 * most
+        assert drawn.max() > middle + 0.9 * most
 
 
-def test_no_shift_changes_nothing():
+def test_no_augmentation_changes_nothing():
     images = torch.randn(3, 1, 8, 8)
-    assert random_shift(images, 0, torch.Generator()) is images
+    assert random_affine(images, 0.0, torch.Generator()) is images
+
+
+def test_negative_strength_is_an_error():
+    with pytest.raises(ValueError, match="strength must be zero or more, got -1"):
+        random_affine(torch.zeros(1, 1, 8, 8), -1, torch.Generator())
 
 
 def make_data(count=10):
@@ -79,12 +94,12 @@ def test_an_epoch_is_a_permutation_without_the_rest():
         assert torch.equal(images[:, 0, 0, 0].long(), part)
 
 
-def test_order_and_shifts_continue_from_a_saved_state():
-    batches = TensorBatches(make_data(), 4, seed=1, max_shift=1)
+def test_order_and_augmentation_continue_from_a_saved_state():
+    batches = TensorBatches(make_data(), 4, seed=1, augment=1.0)
     list(batches.train_batches())
     state = batches.state_dict()
     wanted = list(batches.train_batches())
-    other = TensorBatches(make_data(), 4, seed=2, max_shift=1)
+    other = TensorBatches(make_data(), 4, seed=2, augment=1.0)
     other.load_state_dict(state)
     for (images, labels), (other_images, other_labels) in zip(wanted, other.train_batches(), strict=True):
         assert torch.equal(images, other_images)

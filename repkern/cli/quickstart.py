@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from enum import Enum
@@ -38,12 +39,13 @@ Number = Optional[int]  # noqa: UP045
 
 def quickstart(
     device: Annotated[Device, typer.Option(help="auto: the GPU when there is one.")] = Device.auto,
-    epochs: Annotated[Number, typer.Option(min=1, help="Epochs of each training.", show_default="20")] = None,
+    epochs: Annotated[Number, typer.Option(min=1, help="Epochs of each training.", show_default="32")] = None,
     out: Annotated[Path, typer.Option(help="Run folder; -2, -3, ... is added when it is taken.")] = Path(
         "runs/quickstart"
     ),
     seed: Annotated[
-        Number, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, data order and shifts.", show_default="0")
+        Number,
+        typer.Option(min=0, max=2**32 - 1, help="Seed of weights, data order and augmentation.", show_default="0"),
     ] = None,
     threads: Annotated[
         Number, typer.Option(min=1, help="CPU threads; results repeat for the same number.", show_default="all cores")
@@ -132,13 +134,14 @@ def _work(console: Console, run: Run[QuickstartConfig]) -> None:
         soft_wrap=True,
         markup=False,
     )
-    with training_progress(console) as progress:
-        summary = run_quickstart(
-            config,
-            run.path,
-            callbacks=lambda name: [progress(LABELS[name])],
-            say=lambda line: console.print(f"{line} ...", markup=False, soft_wrap=True),
-        )
+    with contextlib.ExitStack() as bars:
+        progress = bars.enter_context(training_progress(console))
+
+        def say(line: str) -> None:
+            bars.close()  # a running bar would go on drawing, and disturb what is measured
+            console.print(f"{line} ...", markup=False, soft_wrap=True)
+
+        summary = run_quickstart(config, run.path, callbacks=lambda name: [progress(LABELS[name])], say=say)
     histories = {LABELS[name]: _rows(run.path / name / "metrics.jsonl") for name in FORMS}
     plot_curves(histories, run.path / "curves.png")
     run.finish(summary)

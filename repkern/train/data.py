@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
-__all__ = ["BatchSource", "DigitsData", "MissingExtraError", "TensorBatches", "load_digits", "random_shift"]
+__all__ = ["BatchSource", "DigitsData", "MissingExtraError", "TensorBatches", "load_digits", "random_affine"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -70,33 +71,38 @@ def load_digits() -> DigitsData:
     return DigitsData(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
 
 
-def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
-    """Each image of [N, C, H, W] moved by up to `pixels` in both directions; what comes in has the border's value.
+def random_affine(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """Each image of [N, C, H, W] turned, scaled and moved a little; what comes in has the border's value.
 
-    `generator` is a CPU generator, so that a run draws the same shifts on every device.
+    At strength 1 by up to 10 degrees, 10 % and one pixel of eight. `generator` is a CPU generator, so that a run draws
+    the same on every device. ValueError for a negative strength.
     """
-    if pixels == 0:
+    if strength < 0:
+        raise ValueError(f"strength must be zero or more, got {strength}")
+    if strength == 0:
         return images
-    count, _, height, width = images.shape
-    shifts = torch.randint(0, 2 * pixels + 1, (2, count, 1), generator=generator).to(images.device)
-    rows = shifts[0] + torch.arange(height, device=images.device)  # [N, H]
-    columns = shifts[1] + torch.arange(width, device=images.device)  # [N, W]
-    padded = functional.pad(images, (pixels,) * 4, mode="replicate").permute(0, 2, 3, 1)  # [N, H', W', C]
-    item = torch.arange(count, device=images.device)[:, None, None]
-    return padded[item, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    angle, scale, right, down = strength * (2 * torch.rand(4, len(images), generator=generator) - 1)
+    angle, scale = math.radians(10) * angle, 1 + 0.1 * scale
+    rows = [
+        torch.stack([scale * angle.cos(), -scale * angle.sin(), right / 4], dim=1),
+        torch.stack([scale * angle.sin(), scale * angle.cos(), down / 4], dim=1),
+    ]
+    grid = functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    grid = grid.to(images.device, images.dtype)
+    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 class TensorBatches:
-    """Shuffled, shifted batches of tensors that live on the device. The last, smaller batch of an epoch is dropped."""
+    """Shuffled, augmented batches of tensors that live on the device. The smaller batch at the end is dropped."""
 
     def __init__(
-        self, data: DigitsData, batch_size: int, *, seed: int, max_shift: int = 0, device: str = "cpu"
+        self, data: DigitsData, batch_size: int, *, seed: int, augment: float = 0.0, device: str = "cpu"
     ) -> None:
         if batch_size > len(data.train_labels):
             raise ValueError(f"batch_size must be at most {len(data.train_labels)}, got {batch_size}")
         self._data = DigitsData(*(tensor.to(device) for tensor in data))
         self._batch_size = batch_size
-        self._max_shift = max_shift
+        self._augment = augment
         self._generator = torch.Generator().manual_seed(seed)
         self.steps_per_epoch = len(data.train_labels) // batch_size
 
@@ -106,14 +112,14 @@ class TensorBatches:
         order = torch.randperm(len(labels), generator=self._generator).to(labels.device)
         for step in range(self.steps_per_epoch):
             chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
-            yield random_shift(images[chosen], self._max_shift, self._generator), labels[chosen]
+            yield random_affine(images[chosen], self._augment, self._generator), labels[chosen]
 
     def test_batches(self) -> Iterator[Batch]:
         """All test images as one batch."""
         yield self._data.test_images, self._data.test_labels
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the generator that orders and shifts."""
+        """The state of the generator that orders and augments."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

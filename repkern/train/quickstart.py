@@ -32,15 +32,16 @@ _LATENCY_ROUNDS = 101
 
 @dataclass(frozen=True)
 class QuickstartConfig(TrainConfig):
-    """Settings of `repkern quickstart`. `max_shift` is in pixels."""
+    """Settings of `repkern quickstart`. `augment` is the strength of `data.random_affine`."""
 
-    epochs: int = 20
+    epochs: int = 32
+    batch_size: int = 128
     learning_rate: float = 0.1
     label_smoothing: float = 0.1
     warmup_epochs: int = 2
     widths: tuple[int, ...] = (64, 128)
     blocks: int = 2
-    max_shift: int = 1
+    augment: float = 1.0
 
 
 def run_quickstart(
@@ -86,7 +87,7 @@ def make_trainer(
 ) -> Trainer:
     """Everything one of the two trainings needs, at epoch 0."""
     model = make_model(name, config).to(config.device)
-    source = TensorBatches(data, config.batch_size, seed=config.seed, max_shift=config.max_shift, device=config.device)
+    source = TensorBatches(data, config.batch_size, seed=config.seed, augment=config.augment, device=config.device)
     optimizer = make_optimizer(model, config)
     steps = config.epochs * source.steps_per_epoch
     warmup = min(config.warmup_epochs * source.steps_per_epoch, steps // 2)

@@ -1,0 +1,159 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+
+from repkern.cli import quickstart as module
+from repkern.models.digits import load_digits_net
+from repkern.train import engine
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("small_quickstart")
+
+
+@pytest.fixture
+def interrupt_epoch(monkeypatch):
+    """Ctrl-C in the given epoch of the second training."""
+
+    def arm(epoch):
+        real = engine.Trainer._one_epoch
+
+        def one_epoch(self):
+            blocks = any(type(part).__name__ == "OREPAConv2d" for part in self.model.modules())
+            if blocks and self.epoch + 1 == epoch:
+                raise KeyboardInterrupt
+            return real(self)
+
+        monkeypatch.setattr(engine.Trainer, "_one_epoch", one_epoch)
+        return lambda: monkeypatch.setattr(engine.Trainer, "_one_epoch", real)
+
+    return arm
+
+
+def test_the_whole_job_in_a_pipe(command, tmp_path):
+    code, out, err = command("quickstart")
+    assert (code, err) == (0, "")
+    controls = {c for c in out if unicodedata.category(c) == "Cc"} - {"\n"}
+    assert not controls
+    assert out.count(" epoch ") == 4
+    for text in ("test accuracy", "training step", "peak memory", "latency", "largest output difference", "deployed"):
+        assert text in out
+    folder = tmp_path / "runs" / "quickstart"
+    for name in ("config.json", "summary.json", "plain.safetensors", "plain/metrics.jsonl", "orepa/metrics.csv"):
+        assert (folder / name).is_file()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{100 * summary['accuracy']['orepa']:.2f} %" in out
+    load_digits_net(folder / "plain.safetensors")
+
+
+def test_interrupted_then_the_same_command_continues(command, tmp_path, interrupt_epoch):
+    disarm = interrupt_epoch(2)
+    code, out, _ = command("quickstart")
+    assert code == 130
+    assert "repkern quickstart --resume" in out
+    assert not (tmp_path / "runs" / "quickstart" / "summary.json").exists()
+    disarm()
+    code, out, _ = command("quickstart")
+    assert code == 0
+    assert "Continuing" in out
+    assert "plain  epochs 1 to 2 are already done" in out
+    assert "OREPA  epochs 1 to 1 are already done" in out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
+    code, out, _ = command("quickstart", "--epochs", "1")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["quickstart", "quickstart-2"]
+
+
+def test_resume_without_a_run_is_wrong_use(command):
+    code, out, err = command("quickstart", "--resume", "--out", "somewhere")
+    assert (code, out) == (2, "")
+    assert "no unfinished run to resume" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_resume_and_fresh_contradict(command):
+    assert command("quickstart", "--resume", "--fresh")[0] == 2
+
+
+def test_resume_with_other_settings_is_wrong_use(command, interrupt_epoch):
+    interrupt_epoch(1)
+    command("quickstart")
+    code, _, err = command("quickstart", "--resume", "--epochs", "7")
+    assert code == 2
+    assert "epochs 2, not 7" in err
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(command, tmp_path, interrupt_epoch):
+    interrupt_epoch(1)
+    command("quickstart")
+    weights = tmp_path / "runs/quickstart/plain/checkpoints/epoch_0002/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    code, _, err = command("quickstart")
+    assert code == 1
+    assert "weights.safetensors is damaged: 100 bytes" in err
+    assert "--fresh" in err
+    assert len(err.splitlines()) == 1
+    assert weights.parent.with_name("epoch_0001").is_dir()
+
+
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
+def test_a_missing_extra_is_one_clear_line(command, monkeypatch, missing):
+    real = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == missing else real(name))
+    code, out, err = command("quickstart")
+    assert (code, out) == (1, "")
+    assert err.endswith("pip install 'repkern[quickstart]'\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_no_gpu_is_wrong_use(command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = command("quickstart", "--device", "cuda")
+    assert code == 2
+    assert "no CUDA GPU" in err
+
+
+def test_a_folder_that_cannot_be_made_is_a_failure(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = command("quickstart", "--out", "file/run")
+    assert code == 1
+    assert "file" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_signal_leaves_a_resumable_run(tmp_path, number):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-u",
+            "-m",
+            "repkern.cli.main",
+            "quickstart",
+            "--epochs",
+            "50",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.match(r"plain +epoch +1/50", line):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (lines, out, err)
+    assert "Interrupted. Every finished epoch is safe" in out
+    assert err == ""
+    assert (tmp_path / "run/plain/checkpoints/epoch_0001").is_dir()
