@@ -7,10 +7,11 @@ namespace repkern {
 namespace REPKERN_ISA_NAMESPACE {
 namespace {
 
-// Lanes would be empty more often than along the rows of the kernels.
+// Groups so small that packing costs more than empty lanes.
 template <class T>
 bool is_narrow(const ComposeParams& p) {
-  return 2 * (p.ci / p.groups) <= Vec<T>::width;
+  const int64_t cig = p.ci / p.groups, cmg = p.cm / p.groups;
+  return 2 * cig <= Vec<T>::width && cig * cmg <= Vec<T>::width;
 }
 
 template <class T>

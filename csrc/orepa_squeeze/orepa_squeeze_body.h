@@ -19,10 +19,10 @@ struct Job {
   int64_t start[kSteps];
 };
 
-// Lanes would be empty more often than along the positions.
+// Groups so small that packing costs more than it gains: along the positions fewer lanes are empty.
 template <class T>
 bool is_narrow(const View<T>& in) {
-  return 2 * in.cig <= Vec<T>::width;
+  return 2 * in.cig <= Vec<T>::width && in.cig * in.cmg <= 4 * Vec<T>::width;
 }
 
 // The jobs of all layers and the scratch of one thread. With an empty workspace only its size is meaningful.

@@ -37,22 +37,21 @@ __device__ __forceinline__ T scale_of(const ForwardLayer& layer, int branch, int
 template <class T>
 class Epilogue {
  public:
-  __device__ Epilogue(const ForwardLayer& layer, int group, int o) : layer_(layer), group_(group), o_(o) {
+  __device__ Epilogue(const ForwardLayer& layer, int o) : layer_(layer), o_(o) {
 #pragma unroll
-    for (int branch = 0; branch < kSqueezeBranches; ++branch) scale_[branch] = scale_of<T>(layer, branch, o);
+    for (int branch = 0; branch < 5; ++branch) scale_[branch] = scale_of<T>(layer, branch, o);
     scale_[1] /= static_cast<T>(layer.kk);
   }
 
-  // `product`: the 1x1-KxK branch without its identity and its scale.
-  __device__ __forceinline__ T value(T product, int i, int p) const {
+  // `staged`: the 1x1-KxK branch without its identity, and scaled only if add_separable() was there before.
+  __device__ __forceinline__ T value(T staged, int i, int p) const {
     const int channel = o_ * layer_.ci_g + i, at = channel * layer_.kk + p;
-    T sum = T(0);
-    if (layer_.expand != nullptr) {
-      if (layer_.identity_reduce) {
-        const T* expand = static_cast<const T*>(layer_.expand) + static_cast<int64_t>(o_) * layer_.cm_g * layer_.kk + p;
-        for (int t = i; t < layer_.cm_g; t += layer_.ci_g) product += expand[t * layer_.kk];
-      }
-      sum = scale_[3] * product;
+    T sum = layer_.project != nullptr ? staged : scale_[3] * staged;
+    if (layer_.identity_reduce && layer_.expand != nullptr) {
+      const T* expand = static_cast<const T*>(layer_.expand) + static_cast<int64_t>(o_) * layer_.cm_g * layer_.kk + p;
+      T identity = T(0);
+      for (int t = i; t < layer_.cm_g; t += layer_.ci_g) identity += expand[t * layer_.kk];
+      sum += scale_[3] * identity;
     }
     if (layer_.origin != nullptr) sum += scale_[0] * static_cast<const T*>(layer_.origin)[at];
     if (layer_.avg != nullptr) sum += scale_[1] * static_cast<const T*>(layer_.avg)[channel];
@@ -63,25 +62,77 @@ class Epilogue {
     if (layer_.pointwise != nullptr && p == layer_.kk / 2) {
       sum += scale_[4] * static_cast<const T*>(layer_.pointwise)[channel];
     }
-    if (layer_.project != nullptr) sum += scale_[5] * separable(channel, i, p);
     return sum;
   }
 
  private:
-  __device__ __forceinline__ T separable(int channel, int i, int p) const {
-    const int e = layer_.expansion;
-    const T* project = static_cast<const T*>(layer_.project) + static_cast<int64_t>(channel) * e;
-    const T* depthwise =
-        static_cast<const T*>(layer_.depthwise) + static_cast<int64_t>(group_ * layer_.ci_g + i) * e * layer_.kk + p;
-    T sum = T(0);
-    for (int q = 0; q < e; ++q) sum += project[q] * depthwise[q * layer_.kk];
-    return sum;
-  }
-
   const ForwardLayer& layer_;
-  int group_, o_;
-  T scale_[kSqueezeBranches];
+  int o_;
+  T scale_[5];  // all but the separable branch
 };
+
+// The depthwise filters of a tile's inputs, [m][filter, position] in rows of odd length: lanes read different banks.
+template <int kPositions>
+constexpr int kFilterRow = kPositions == 9 ? 8 * 9 + 1 : kTileN + 1;
+template <class T, int kPositions>
+constexpr size_t kForwardShared = kSharedBytes<T> > sizeof(T) * kTileM * (kRowC + kFilterRow<kPositions>)
+                                      ? kSharedBytes<T>
+                                      : sizeof(T) * kTileM * (kRowC + kFilterRow<kPositions>);
+
+// staged = s3 staged + s5 (project · depthwise). A thread keeps one input i and several channels o in registers, so that
+// a filter is read once for all of them. Starts and ends with all threads at a barrier.
+template <class T, int kPositions>
+__device__ void add_separable(const ForwardLayer& layer, const Columns& columns, const Place& place, T* shared) {
+  constexpr int kPiece = 9, kChannels = 4, kSides = kTileThreads / kTileM;
+  T* filters = shared + kTileM * kRowC;
+  const int e = layer.expansion, rows = min(kTileM, layer.ci_g - place.m0);
+  const int at_once = (kFilterRow<kPositions> - 1) / columns.chunk, m = threadIdx.x % kTileM;
+  const Divisor by_position(place.positions);
+  const int64_t first = static_cast<int64_t>(place.group * layer.ci_g + place.m0) * e;
+  for (int q0 = 0; q0 < e; q0 += at_once) {
+    const int count = min(at_once, e - q0), row = count * place.positions;
+    const Divisor by_row(row);
+    for (int x = threadIdx.x; x < rows * row; x += kTileThreads) {
+      const int i = by_row.divide(x), rest = x - i * row, q = by_position.divide(rest), p = rest - q * place.positions;
+      filters[i * kFilterRow<kPositions> + rest] =
+          static_cast<const T*>(layer.depthwise)[(first + i * e + q0 + q) * layer.kk + place.p0 + p];
+    }
+    __syncthreads();
+    for (int c0 = threadIdx.x / kTileM; m < rows && c0 < place.channels; c0 += kSides * kChannels)
+      for (int p0 = 0; p0 < place.positions; p0 += kPiece) {
+        const int o0 = place.group * layer.co_g + place.o0 + c0;
+        const T* project = static_cast<const T*>(layer.project) + (static_cast<int64_t>(o0) * layer.ci_g + place.m0 + m) * e + q0;
+        T sum[kChannels][kPiece] = {};
+        for (int q = 0; q < count; ++q) {
+          T filter[kPiece];
+#pragma unroll
+          for (int p = 0; p < kPiece; ++p) {
+            filter[p] = p0 + p < place.positions ? filters[m * kFilterRow<kPositions> + q * place.positions + p0 + p] : T(0);
+          }
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            if (c0 + c * kSides >= place.channels) break;
+            const T weight = project[static_cast<int64_t>(c * kSides) * layer.ci_g * e + q];
+#pragma unroll
+            for (int p = 0; p < kPiece; ++p) sum[c][p] += weight * filter[p];
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          if (c0 + c * kSides >= place.channels) break;
+          const T scale = scale_of<T>(layer, 5, o0 + c * kSides);
+          const T before = q0 > 0 ? T(1) : scale_of<T>(layer, 3, o0 + c * kSides);
+          const bool there = q0 > 0 || layer.expand != nullptr;
+          T* to = shared + m * kRowC + (c0 + c * kSides) * columns.chunk + p0;
+#pragma unroll
+          for (int p = 0; p < kPiece; ++p) {
+            if (p0 + p < place.positions) to[p] = (there ? before * to[p] : T(0)) + scale * sum[c][p];
+          }
+        }
+      }
+    __syncthreads();
+  }
+}
 
 // kPositions: 9 when every layer is 3x3, else 0.
 template <class Tile, int kPositions>
@@ -102,16 +153,18 @@ squeeze_forward(const __grid_constant__ ForwardTable table) {
     multiply<Tile, false>(shared, reduce, layer.cm_g, layer.ci_g, layer.aligned, right, layer.cm_g, place.m0);
   }
 
+  if (layer.project != nullptr) add_separable<T, kPositions>(layer, columns, place, shared);
+
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kTileThreads / 32;
   const int rows = min(kTileM, layer.ci_g - place.m0);
   const Divisor by_position(place.positions);
   for (int c = warp; c < place.channels; c += warps) {
     const int o = place.group * layer.co_g + place.o0 + c;
-    const Epilogue<T> epilogue(layer, place.group, o);
+    const Epilogue<T> epilogue(layer, o);
     for (int e = lane; e < rows * place.positions; e += 32) {
       const int m = by_position.divide(e), q = e - m * place.positions, p = place.p0 + q, i = place.m0 + m;
       T* staged = shared + m * kRowC + c * columns.chunk + q;
-      const T value = epilogue.value(layer.expand != nullptr ? *staged : T(0), i, p);
+      const T value = epilogue.value(layer.expand != nullptr || layer.project != nullptr ? *staged : T(0), i, p);
       if (table.channels_last) {
         *staged = value;
       } else {
@@ -181,7 +234,7 @@ Status launch_all(const Call& call, Indices first, Indices last) {
       tiles += static_cast<int>(in.groups) * ceil_div(layer.ci_g, kTileM) * Columns(layer.kk).tiles(layer.co_g);
     }
     const Status status = RK_LAUNCH((squeeze_forward<Tile, kPositions>), dim3(tiles), dim3(kTileThreads),
-                                    kSharedBytes<typename Tile::Scalar>, call.stream, table);
+                                    (kForwardShared<typename Tile::Scalar, kPositions>), call.stream, table);
     if (status != nullptr) return status;
     first += table.count;
   }
