@@ -89,6 +89,20 @@ def test_gradients(train, reentrant, calls):
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
+def test_frozen_convolutions_get_no_gradient_work(reentrant, calls):
+    plain, grouped = pair()
+    for model in (plain, grouped):
+        model.conv.requires_grad_(False)
+        model.reentrant = reentrant
+        model(images().requires_grad_()).square().sum().backward()
+    for (name, one), other in zip(grouped.named_parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == name.startswith("conv."), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-14, msg=name)
+    assert calls["model"] == [3, 1]
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
 def test_several_forwards_and_an_accumulated_backward(reentrant):
     plain, grouped = pair()
     grouped.reentrant = reentrant

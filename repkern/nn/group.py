@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -67,13 +68,15 @@ class _GroupSqueeze:
             return  # nn.DataParallel's threads share this object, but not the convolutions
         if self._convs is None:
             self._convs = [module for module in model.modules() if isinstance(module, OREPAConv2d)]
-        batches: dict[tuple[torch.dtype, torch.memory_format, torch.device, torch.dtype], list[OREPAConv2d]]
-        batches = defaultdict(list)
+        batches: dict[tuple[Hashable, ...], list[OREPAConv2d]] = defaultdict(list)
         for conv in self._convs:
             parameter = conv.origin
-            key = (conv.kernel_dtype(parameter.device.type), conv.last_format, parameter.device, parameter.dtype)
+            written = (conv.kernel_dtype(parameter.device.type), conv.last_format)
+            # Frozen ones apart: in a batch with trainable ones their kernels would get gradients too.
+            key = (*written, parameter.device, parameter.dtype, conv.trains_kernel)
             batches[key].append(conv)
-        for (dtype, memory_format, *_), convs in batches.items():
+        for convs in batches.values():
+            dtype, memory_format = convs[0].kernel_dtype(convs[0].origin.device.type), convs[0].last_format
             layers = [conv.squeeze_branches() for conv in convs]
             kernels = orepa_squeeze_many(layers, out_dtype=dtype, memory_format=memory_format)
             for conv, kernel in zip(convs, kernels, strict=True):

@@ -215,6 +215,11 @@ class OREPAConv2d(RepBlock):
         own = filters.detach().to(device=self.prior_filter.device, dtype=self.prior_filter.dtype, copy=True)
         self.register_buffer("prior_filter", own.contiguous(), persistent=True)
 
+    @property
+    def trains_kernel(self) -> bool:
+        """Whether any parameter behind the kernel requires a gradient."""
+        return any(p.requires_grad for p in self.parameters(recurse=False) if p is not self.bias)
+
     def squeeze_branches(self) -> SqueezeBranches:
         """This block's tensors as `repkern.ops.orepa_squeeze_many` takes them."""
         scale: Tensor | None = self.scale
@@ -278,7 +283,7 @@ class OREPAConv2d(RepBlock):
         if self.grouped is not None:
             kernel, with_grad = self.grouped
             if kernel.dtype == dtype and (with_grad or not torch.is_grad_enabled()):
-                self._grouped_with_grad = torch.is_grad_enabled()
+                self._grouped_with_grad = torch.is_grad_enabled() and kernel.requires_grad
                 return kernel
             self._grouped_with_grad = False
         if not (self._grouped_with_grad and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1):
@@ -300,8 +305,7 @@ class OREPAConv2d(RepBlock):
         """nn.Conv2d with this block's kernel and bias; the bias keeps its own requires_grad."""
         conv = super().fuse()
         if self.bias is not None:
-            weights = [p for name, p in self.named_parameters() if name != "bias"]
-            conv.weight.requires_grad_(any(p.requires_grad for p in weights))
+            conv.weight.requires_grad_(self.trains_kernel)
             conv.bias.requires_grad_(self.bias.requires_grad)
         return conv
 

@@ -52,7 +52,7 @@ def _run(model: nn.Module, args: Sequence[Any]) -> list[Tensor]:
     model.eval()
     try:
         with torch.no_grad():
-            return [output.clone() for output in _tensors(model(*args))]
+            return [output.to("cpu", copy=True) for output in _tensors(model(*args))]
     finally:
         for module, flag in training.items():
             module.training = flag
