@@ -18,7 +18,7 @@ class Golden:
 
     def check(self, actual, expected, what, *, at_least=0.0):
         """`at_least`: the magnitude of what cancelled to give `expected`, where it says little about the rounding."""
-        assert_close(actual, expected, TOLERANCE * max(at_least, float(expected.abs().max())), what)
+        assert_close(actual, expected, TOLERANCE * max(at_least, float(expected.detach().abs().max())), what)
 
 
 @pytest.fixture(autouse=True)
