@@ -79,15 +79,22 @@ def _cpu_name() -> str:
 
 
 def _openmp(native: bool) -> dict[str, Any]:
-    """The OpenMP runtimes in this process. Two of them would mean two thread pools that fight for the cores."""
+    """The OpenMP runtimes in this process. Two under torch and repkern would be two pools that fight for the cores.
+
+    Other libraries may bring their own (scikit-learn does); that is theirs.
+    """
     try:
         text = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
         return {"runtimes": [], "shared": None}
     files = {line.split(maxsplit=5)[5] for line in text.splitlines() if len(line.split(maxsplit=5)) == 6}
-    runtimes = sorted(file for file in files if re.match(r"lib(gomp|iomp5|omp)\b.*\.so", Path(file).name))
-    names = [Path(file).name for file in runtimes]
-    return {"runtimes": names, "shared": len(names) == 1 if names and native else None}
+    runtimes = {Path(file) for file in files if re.match(r"lib(gomp|iomp5|omp)\b.*\.so", Path(file).name)}
+    ours = {file for file in runtimes if file.name == "libgomp.so.1"}  # the name our native module is linked with
+    torchs = {file for file in runtimes if Path(torch.__file__).parent in file.parents} or ours
+    return {
+        "runtimes": sorted(file.name for file in runtimes),
+        "shared": len(ours) == 1 and ours == torchs if native and ours else None,
+    }
 
 
 def _driver() -> str | None:

@@ -1,5 +1,6 @@
 import json
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,13 +72,26 @@ def test_text_says_the_same_with_a_line_each(command):
         assert f"{'backend ' + backend:<17}  {wanted}" in lines
 
 
-def test_two_openmp_runtimes_are_seen(monkeypatch, tmp_path):
-    maps = "\n".join(
-        f"7f00-7f01 r-xp 00000000 fe:00 1 {tmp_path}/{name}"
-        for name in ("libgomp-a34b3233.so.1", "libiomp5.so", "libgomp-a34b3233.so.1", "libcomp.so")
-    )
-    monkeypatch.setattr(_info.Path, "read_text", lambda self, encoding: maps)
-    assert _info._openmp(native=True) == {"runtimes": ["libgomp-a34b3233.so.1", "libiomp5.so"], "shared": False}
+TORCH = Path(torch.__file__).parent / "lib"
+
+
+@pytest.mark.parametrize(
+    ("files", "shared"),
+    [
+        ([TORCH / "libgomp.so.1"], True),
+        ([Path("/usr/lib/libgomp.so.1")], True),
+        ([TORCH / "libgomp.so.1", Path("/other.libs/libgomp-a34b3233.so.1")], True),
+        ([TORCH / "libgomp-a34b3233.so.1", Path("/usr/lib/libgomp.so.1")], False),
+        ([TORCH / "libgomp.so.1", Path("/usr/lib/libgomp.so.1")], False),
+        ([TORCH / "libiomp5.so", Path("/usr/lib/libgomp.so.1")], False),
+        ([TORCH / "libiomp5.so"], None),
+    ],
+)
+def test_openmp_runtimes_of_torch_and_repkern(monkeypatch, files, shared):
+    lines = [f"7f00-7f01 r-xp 00000000 fe:00 1 {file}" for file in (*files, *files, "/usr/lib/libcomp.so")]
+    monkeypatch.setattr(_info.Path, "read_text", lambda self, encoding: "\n".join(lines))
+    assert _info._openmp(native=True) == {"runtimes": sorted(file.name for file in files), "shared": shared}
+    assert _info._openmp(native=False)["shared"] is None
 
 
 @pytest.mark.skipif(not _native.native_build_info().get("isa_found"), reason="needs the native module")

@@ -130,18 +130,9 @@ def test_a_folder_that_cannot_be_made_is_a_failure(command, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_real_signal_leaves_a_resumable_run(tmp_path, number):
+    words = ["quickstart", "--epochs", "50", "--threads", "1", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-u",
-            "-m",
-            "repkern.cli.main",
-            "quickstart",
-            "--epochs",
-            "50",
-            "--out",
-            str(tmp_path / "run"),
-        ],
+        [sys.executable, "-u", "-m", "repkern.cli.main", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -118,6 +118,20 @@ def test_gradients_can_be_changed_before_the_step(make_trainer):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
+def test_an_epoch_is_announced_only_when_it_is_safe(tmp_path, make_trainer):
+    class Check(Callback):
+        epochs = 0
+
+        def on_epoch_saved(self, trainer, row):
+            self.epochs += 1
+            assert trainer.epoch == row["epoch"] == self.epochs
+            assert make_trainer(tmp_path).resume() == self.epochs
+
+    check = Check()
+    make_trainer(tmp_path, callbacks=[check]).fit()
+    assert check.epochs == 4
+
+
 def test_evaluation_puts_the_mode_back(make_trainer):
     trainer = make_trainer()
     trainer.model.train()

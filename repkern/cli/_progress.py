@@ -50,7 +50,7 @@ class _Bar(Callback):
     def on_step_end(self, trainer: Trainer) -> None:
         self._progress.advance(self._task)
 
-    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_saved(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._show(trainer, row)
 
     def _show(self, trainer: Trainer, row: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ class _Lines(Callback):
         if trainer.epoch:
             self._console.print(f"{self._label:<6} epochs 1 to {trainer.epoch} are already done")
 
-    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_saved(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._console.print(
             f"{self._label:<6} epoch {row['epoch']:>2}/{trainer.epochs}  train loss {row['train_loss']:.4f}  "
             f"test loss {row['test_loss']:.4f}  test accuracy {percent(row['test_accuracy'])}  {row['seconds']:.1f} s",

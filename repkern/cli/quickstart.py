@@ -143,7 +143,8 @@ def _work(console: Console, run: Run[QuickstartConfig]) -> None:
 
         summary = run_quickstart(config, run.path, callbacks=lambda name: [progress(LABELS[name])], say=say)
     histories = {LABELS[name]: _rows(run.path / name / "metrics.jsonl") for name in FORMS}
-    plot_curves(histories, run.path / "curves.png")
+    smoothing = f" (label smoothing {config.label_smoothing:g})" if config.label_smoothing else ""
+    plot_curves(histories, run.path / "curves.png", loss_label=f"cross-entropy{smoothing}")
     run.finish(summary)
     print_report(console, summary, _shown(run.path))
 

@@ -54,6 +54,9 @@ class Callback:
     def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """After evaluation, before the checkpoint. Values added to `row` are logged."""
 
+    def on_epoch_saved(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """After the metrics and the checkpoint of the epoch were written: from here on it is not lost."""
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts only: it is read back without unpickling code."""
         return {}
@@ -134,6 +137,8 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_epoch_end(self, row)
                 self._finish_epoch(row)
+                for callback in self.callbacks:
+                    callback.on_epoch_saved(self, row)
         except KeyboardInterrupt:
             raise Interrupted(self.epoch) from None
         return self.rows

@@ -17,7 +17,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "s", "^", "D")
 
 
-def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, loss_label: str = "loss") -> None:
     """Write a PNG with the loss and the test accuracy by epoch, one colour for each name in `histories`.
 
     Rows are those of `Trainer.fit`. ValueError when there is nothing to draw or no colour left.
@@ -33,7 +33,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     for index, (name, rows) in enumerate(histories.items()):
         _draw_losses(left, name, rows, index)
         _draw_accuracy(right, name, rows, index)
-    _finish(left, "loss", _loss_title(histories))
+    _finish(left, loss_label, _loss_title(histories))
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
@@ -79,9 +79,9 @@ def _lowest_shown(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> float
 
 def _loss_title(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ends = ", ".join(f"{name} {rows[-1]['train_loss']:.3f}" for name, rows in histories.items())
-    return f"Training loss at the end: {ends}"
+    return f"Training loss falls to: {ends}"
 
 
 def _accuracy_title(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ends = ", ".join(f"{name} {100 * rows[-1]['test_accuracy']:.2f} %" for name, rows in histories.items())
-    return f"Test accuracy at the end: {ends}"
+    return f"Test accuracy reaches: {ends}"
