@@ -28,6 +28,10 @@ run() {
 }
 
 step "machine"
+if ! command -v nvidia-smi >/dev/null || ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "no GPU here, or this torch has no CUDA: nothing to do"
+  exit 1
+fi
 nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv || status=1
 "$PYTHON" -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())" || exit 1
 nvcc --version | tail -n 1
@@ -42,6 +46,7 @@ run 200 cmake --build "$build" --target _C -j "$(nproc)" || exit 1
 
 step "tests on the GPU"
 run 150 "$PYTHON" -m pytest -q --maxfail=20 -k "cuda" python_tests/test_all_ops.py python_tests/ops \
+  python_tests/benchmarks \
   --junitxml="$OUT/junit.xml"
 [ -f "$OUT/junit.xml" ] && run 30 "$PYTHON" benchmarks/record_tests.py "$OUT/junit.xml" --output "$OUT/results/tests.csv"
 

@@ -165,6 +165,7 @@ def test_command_appends_rows_and_prints_json(tmp_path):
     [
         (["--filter", "nothing_like_this"], "there are: c64"),
         (["--baseline", "magic"], "eager, compile, conv2d"),
+        (["--backend", "magic"], "auto, reference, cpu"),
         (["--device", "tpu"], "must be cpu or cuda"),
         (["--dtype", "int8"], "float32 or float64"),
         (["--cuda-graph"], "needs --device cuda"),

@@ -17,6 +17,7 @@ from repkern.bench import results
 from repkern.bench.registry import load_cases
 from repkern.bench.results import Row
 from repkern.cli._console import INTERRUPTED, fail, terminated_like_ctrl_c
+from repkern.ops import BACKENDS
 
 __all__ = ["app"]
 
@@ -49,6 +50,8 @@ def ops(
     from repkern.bench.ops import BASELINES, OpsOptions, default_backends, run_ops
 
     _check_device(device)
+    for name in backend or []:
+        _check_backend(name)
     baselines = baseline or [name for name in BASELINES if not (quick and name == "compile")]
     for name in baselines:
         if name not in BASELINES:
@@ -90,6 +93,7 @@ def train(
     from repkern.bench.train import TrainOptions, load_steps, run_train
 
     _check_device(device)
+    _check_backend(backend)
     cases = _chosen(load_steps, shapes, filter)
     if quick:
         cases = [dataclasses.replace(case, batch=4, size=64, name=f"{case.name}_quick") for case in cases[:1]]
@@ -109,6 +113,11 @@ def _check_device(device: str) -> None:
         raise typer.BadParameter(f"must be cpu or cuda, got {device!r}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA GPU was found; use --device cpu", param_hint="--device")
+
+
+def _check_backend(name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise typer.BadParameter(f"must be one of auto, {', '.join(BACKENDS)}, got {name!r}", param_hint="--backend")
 
 
 def _chosen(load: Callable[[Path | None], list[Any]], shapes: Path | None, filter: str) -> list[Any]:
