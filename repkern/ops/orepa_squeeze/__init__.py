@@ -10,7 +10,8 @@ from torch import Tensor
 
 from repkern.ops import _check
 from repkern.ops._library import define_op
-from repkern.ops.orepa_squeeze.layers import OP, SqueezeBranches, check_layers, kernel_shape, pack, unpack
+from repkern.ops.orepa_squeeze.layers import OP, SqueezeBranches, kernel_shape, pack
+from repkern.ops.orepa_squeeze.plan import plan_of
 
 __all__ = ["SqueezeBranches", "orepa_squeeze", "orepa_squeeze_many"]
 
@@ -20,17 +21,17 @@ _HALF = (torch.bfloat16, torch.float16)
 def _check_forward(
     tensors: Sequence[Tensor], layout: Sequence[int], out_dtype: torch.dtype | None, channels_last: bool
 ) -> None:
-    check_layers(tensors, layout)
+    plan_of(tensors, layout)
     if out_dtype is not None:
         _check.require_floating(OP, out_dtype)
 
 
 def _check_backward(grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]) -> None:
-    layers = check_layers(tensors, layout)
+    layers = plan_of(tensors, layout).layers
     if len(grads) != len(layers):
         raise ValueError(f"{OP}: {len(layers)} gradients are needed, one a layer, got {len(grads)}")
     for grad, layer in zip(grads, layers, strict=True):
-        _check.require_shape(OP, "grad", grad, kernel_shape(layer))
+        _check.require_shape(OP, "grad", grad, layer.shape)
         _check.require_floating(OP, grad.dtype)
         if grad.device != tensors[0].device:
             raise ValueError(f"{OP}: `grad` is on {grad.device} but the parameters are on {tensors[0].device}")
@@ -40,29 +41,15 @@ def _fake_forward(
     tensors: Sequence[Tensor], layout: Sequence[int], out_dtype: torch.dtype | None, channels_last: bool
 ) -> list[Tensor]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    first = tensors[0]
+    dtype, device = out_dtype or tensors[0].dtype, tensors[0].device
     return [
-        torch.empty(
-            kernel_shape(layer),
-            dtype=out_dtype or first.dtype,
-            device=first.device,
-            memory_format=memory_format,
-        )
-        for layer in unpack(tensors, layout)
+        torch.empty(layer.shape, dtype=dtype, device=device, memory_format=memory_format)
+        for layer in plan_of(tensors, layout).layers
     ]
 
 
-def _differentiable(tensors: Sequence[Tensor], layout: Sequence[int]) -> list[bool]:
-    """For each tensor, whether it has a gradient: all but the prior filters."""
-    answer: list[bool] = []
-    for layer in unpack(tensors, layout):
-        here = [tensor is not None for tensor in layer[:9]]
-        answer += [True] * sum(here) + [False] * (layer.prior_filter is not None)
-    return answer
-
-
 def _fake_backward(grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
-    wanted = zip(tensors, _differentiable(tensors, layout), strict=True)
+    wanted = zip(tensors, plan_of(tensors, layout).differentiable, strict=True)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, needed in wanted if needed]
 
 
@@ -80,7 +67,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
     ]
     gradients = iter(squeeze_many_backward(filled, tensors, ctx.layout))
-    wanted = _differentiable(tensors, ctx.layout)
+    wanted = plan_of(tensors, ctx.layout).differentiable
     return [next(gradients) if needed else None for needed in wanted], None, None, None
 
 

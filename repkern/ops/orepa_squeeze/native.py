@@ -1,4 +1,4 @@
-"""orepa_squeeze on the native kernels: allocate, collect pointers, call. Shapes were checked before."""
+"""orepa_squeeze on the native kernels: allocate, collect addresses, call. Shapes were checked before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from repkern.ops import _check
-from repkern.ops._check import DTYPE_CODE, pointer
+from repkern.ops._check import DTYPE_CODE
 from repkern.ops._library import Native
-from repkern.ops.orepa_squeeze.layers import GRADIENT_FIELDS, SqueezeBranches, kernel_shape, unpack
+from repkern.ops.orepa_squeeze.plan import LayerPlan, Plan, plan_of
 
 __all__ = ["orepa_squeeze_many", "orepa_squeeze_many_backward"]
 
@@ -24,17 +24,13 @@ def orepa_squeeze_many(
 ) -> list[Tensor]:
     """Every layer's kernel, [Co, Ci/g, K, K], written by one call."""
     tensors = [t.contiguous() for t in tensors]
-    layers = unpack(tensors, layout)
+    plan = plan_of(tensors, layout)
     dtype, device = tensors[0].dtype, tensors[0].device
+    out_dtype = out_dtype or dtype
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    kernels = [_check.empty(kernel_shape(layer), out_dtype or dtype, device, memory_format) for layer in layers]
-    arguments = (
-        [kernel.data_ptr() for kernel in kernels],
-        DTYPE_CODE[dtype],
-        DTYPE_CODE[out_dtype or dtype],
-        channels_last,
-    )
-    _call(native, "orepa_squeeze_forward", _layer_fields(layers), arguments, dtype, device)
+    kernels = [_check.empty(layer.shape, out_dtype, device, memory_format) for layer in plan.layers]
+    arguments = ([k.data_ptr() for k in kernels], DTYPE_CODE[dtype], DTYPE_CODE[out_dtype], channels_last)
+    _call(native, "orepa_squeeze_forward", _layer_fields(plan, tensors), arguments, tensors[0])
     return kernels
 
 
@@ -43,68 +39,53 @@ def orepa_squeeze_many_backward(
 ) -> list[Tensor]:
     """The gradient of every tensor but the prior filters, written by one call."""
     tensors = [t.contiguous() for t in tensors]
-    layers = unpack(tensors, layout)
+    plan = plan_of(tensors, layout)
     dtype, device = tensors[0].dtype, tensors[0].device
     grads = [grad.to(dtype).contiguous() for grad in grads]
-    answer: list[Tensor] = []
+    made = [
+        _check.empty(tensor.shape, dtype, device) if wanted else None
+        for tensor, wanted in zip(tensors, plan.differentiable, strict=True)
+    ]
+    addresses = [0 if gradient is None else gradient.data_ptr() for gradient in made] + [0]
     fields: list[int] = []
-    for grad, layer in zip(grads, layers, strict=True):
-        wanted = _empty_gradients(layer)
-        answer += [tensor for tensor in wanted.values() if tensor is not None]
+    for grad, layer in zip(grads, plan.layers, strict=True):
         fields.append(grad.data_ptr())
-        fields += [pointer(wanted[name]) for name in GRADIENT_FIELDS[:-1]]
-        fields += _scale_pointers(wanted["scale"], layer)
-    _call(native, "orepa_squeeze_backward", _layer_fields(layers), (fields, DTYPE_CODE[dtype]), dtype, device)
-    return answer
+        fields += _pointer_fields(layer, addresses, dtype.itemsize)
+        if layer.has_unused_scales:
+            scale = made[layer.scale]
+            assert scale is not None
+            scale.zero_()
+    _call(native, "orepa_squeeze_backward", _layer_fields(plan, tensors), (fields, DTYPE_CODE[dtype]), tensors[0])
+    return [gradient for gradient in made if gradient is not None]
 
 
-def _call(
-    native: Native,
-    name: str,
-    layers: list[int],
-    arguments: tuple[object, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
+def _call(native: Native, name: str, layers: list[int], arguments: tuple[object, ...], like: Tensor) -> None:
     """Allocate the workspace the kernel asks for, then run it with its threads or its stream."""
-    threads = (torch.get_num_threads(),) if native.suffix == "cpu" else ()
-    size = native.workspace_size(name)(layers, DTYPE_CODE[dtype], *threads)
-    space = _check.workspace(size, device)
+    code = DTYPE_CODE[like.dtype]
     if native.suffix == "cpu":
-        native.function(name)(layers, *arguments, space.data_ptr(), *threads)
+        threads = torch.get_num_threads()
+        space = _check.workspace(native.workspace_size(name)(layers, code, threads), like.device)
+        native.function(name)(layers, *arguments, space.data_ptr(), threads)
     else:
-        math = int(_check.allow_tf32())
-        native.function(name)(layers, *arguments, math, space.data_ptr(), native.stream(device))
+        space = _check.workspace(native.workspace_size(name)(layers, code), like.device)
+        native.function(name)(
+            layers, *arguments, int(_check.allow_tf32()), space.data_ptr(), native.stream(like.device)
+        )
 
 
-def _layer_fields(layers: Sequence[SqueezeBranches]) -> list[int]:
+def _layer_fields(plan: Plan, tensors: Sequence[Tensor]) -> list[int]:
     """The fields of csrc/orepa_squeeze/orepa_squeeze.h's SqueezeLayer, in its order."""
+    addresses = [tensor.data_ptr() for tensor in tensors] + [0]  # slot -1 is the null pointer
+    item = tensors[0].element_size()
     fields: list[int] = []
-    for layer in layers:
-        co, cig, k, _ = kernel_shape(layer)
-        ci = cig * layer.groups
-        cm = 0 if layer.reduce is None else layer.reduce.shape[0]
-        expansion = 0 if layer.depthwise is None else layer.depthwise.shape[0] // ci
-        fields += [co, ci, cm, layer.groups, k, expansion, int(layer.identity_reduce)]
-        fields += [pointer(getattr(layer, name)) for name in GRADIENT_FIELDS[:-1]]
-        fields += _scale_pointers(layer.scale, layer)
-        fields.append(pointer(layer.prior_filter))
+    for layer in plan.layers:
+        fields += layer.integers
+        fields += _pointer_fields(layer, addresses, item)
+        fields.append(addresses[layer.prior_filter])
     return fields
 
 
-def _scale_pointers(scale: Tensor | None, layer: SqueezeBranches) -> list[int]:
-    if scale is None:
-        return [0] * len(layer.present)
-    row = scale.shape[1] * scale.element_size()
-    return [0 if at is None else scale.data_ptr() + at * row for at in layer.scale_positions()]
-
-
-def _empty_gradients(layer: SqueezeBranches) -> dict[str, Tensor | None]:
-    gradients: dict[str, Tensor | None] = {}
-    for name in GRADIENT_FIELDS:
-        tensor = getattr(layer, name)
-        gradients[name] = None if tensor is None else _check.empty(tensor.shape, tensor.dtype, tensor.device)
-    scale = gradients["scale"]
-    if scale is not None and scale.shape[0] != sum(layer.present):
-        scale.zero_()  # rows of absent branches
-    return gradients
+def _pointer_fields(layer: LayerPlan, addresses: list[int], item: int) -> list[int]:
+    scale = addresses[layer.scale]
+    fields = [addresses[slot] for slot in layer.slots]
+    return fields + [0 if offset < 0 else scale + offset * item for offset in layer.scale_offsets]
