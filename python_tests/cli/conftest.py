@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -32,6 +33,9 @@ def small_quickstart(monkeypatch):
         widths: tuple = (6, 8)
         blocks: int = 1
         batch_size: int = 256
-        threads: int = 1
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what the command takes by default; two would wait for each other on a busy machine
     monkeypatch.setattr(quickstart, "QuickstartConfig", Small)
+    yield
+    torch.set_num_threads(threads)

@@ -29,6 +29,6 @@ def test_equal_histories_give_equal_files(tmp_path):
 
 @pytest.mark.parametrize("histories", [{}, {"plain": []}, {str(n): history(1, 0.5) for n in range(5)}])
 def test_what_cannot_be_drawn_is_an_error(tmp_path, histories):
-    with pytest.raises(ValueError, match="got|fit into"):
+    with pytest.raises(ValueError, match=r"got|fit into"):
         plot_curves(histories, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
