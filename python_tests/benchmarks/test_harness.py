@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from repkern.bench import results, targets, timing
+from repkern.bench import ops, results, targets, timing
 from repkern.bench.ops import OpsOptions, default_backends, run_ops
+from repkern.bench.peak import Peak
 from repkern.bench.problems import build_problem
 from repkern.bench.registry import Case, Layer, load_cases, parse_cases
 from repkern.bench.train import EagerOREPA, TrainOptions, parse_steps, run_train
@@ -83,6 +84,16 @@ def test_slow_work_gets_fewer_pairs():
     assert len(timing.measure_pairs(work, pairs=9)["a"]) == 9
 
 
+def test_a_busy_machine_is_measured_again_and_then_told():
+    said, runs = [], []
+    peak = Peak(1e9, "impossible", "", 1.0, lambda: runs.append(1))
+    work = {"a": timing.Workload(lambda _: None), "peak": timing.Workload(lambda _: peak.run())}
+    busy = options(quick=False, pairs=1, min_sample_seconds=0)
+    assert len(ops._undisturbed(work, peak, busy, said.append)["a"]) == 1
+    assert ["again" in text for text in said] == [True, True, False]
+    assert "busy machine" in said[-1]
+
+
 @pytest.mark.parametrize("broken", ["scaled", "branch", "gradient"])
 def test_a_wrong_kernel_is_rejected(broken):
     def wrong(problem):
@@ -107,7 +118,6 @@ def test_a_wrong_kernel_is_rejected(broken):
 
 
 def test_a_failed_check_is_exit_code_1(monkeypatch, tmp_path):
-    from repkern.bench import ops
     from repkern.cli.bench import app
 
     monkeypatch.setattr(ops, "run_ops", lambda *_: ["c64: cpu differs"])
@@ -117,7 +127,6 @@ def test_a_failed_check_is_exit_code_1(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_keeps_the_rows_so_far(monkeypatch, tmp_path, rows):
-    from repkern.bench import ops
     from repkern.cli.bench import app
 
     def interrupted(cases, options, on_row, say):

@@ -23,6 +23,8 @@ __all__ = ["BASELINES", "PASSES", "OpsOptions", "default_backends", "run_ops"]
 
 PASSES = ("forward", "backward", "forward+backward")
 BASELINES = ("eager", "compile", "conv2d")
+_ATTEMPTS = 3
+_BUSY = 0.85  # of the peak rate: below it somebody else was using the machine
 _RECOMPILES = 64  # one a layer shape of the largest case
 
 
@@ -65,7 +67,7 @@ def run_ops(
         failures += failed
         for what in PASSES:
             if set(options.backends) & set(forwards):
-                _measure(problem, what, forwards, checks, peak, options, on_row)
+                _measure(problem, what, forwards, checks, peak, options, on_row, say)
     return failures
 
 
@@ -157,6 +159,7 @@ def _measure(
     peak: Peak,
     options: OpsOptions,
     on_row: Callable[[Row], None],
+    say: Callable[[str], None],
 ) -> None:
     if options.cuda_graph and what == "backward":
         return  # a graph of the backward alone would keep the forward's buffers of another graph alive
@@ -167,13 +170,7 @@ def _measure(
     if options.cuda_graph:
         works = {name: graphed(work) for name, work in works.items()}
     works["peak"] = Workload(lambda _: peak.run())
-    samples = measure_pairs(
-        works,
-        pairs=options.pairs,
-        min_sample_seconds=options.min_sample_seconds,
-        max_seconds=options.max_seconds,
-        device=options.device,
-    )
+    samples = _undisturbed(works, peak, options, say)
     for backend in options.backends:
         if backend not in samples:
             continue
@@ -181,6 +178,26 @@ def _measure(
         for baseline in BASELINES:
             if baseline in samples:
                 on_row(_pair_row(problem, what, backend, baseline, samples, checks, options))
+
+
+def _undisturbed(
+    works: Mapping[str, Workload], peak: Peak, options: OpsOptions, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Samples taken while the peak workload ran at its usual rate; after some attempts the last ones, and a warning."""
+    for attempt in range(1 if options.quick else _ATTEMPTS):
+        samples = measure_pairs(
+            works,
+            pairs=options.pairs,
+            min_sample_seconds=options.min_sample_seconds,
+            max_seconds=options.max_seconds,
+            device=options.device,
+        )
+        rate = peak.flops / quantiles(samples["peak"]).p50 / 1e9
+        if options.quick or rate >= _BUSY * peak.gflops:
+            break
+        again = "measuring again" if attempt < _ATTEMPTS - 1 else "the rows that follow are from a busy machine"
+        say(f"  the machine is busy: peak at {rate:.0f} instead of {peak.gflops:.0f} GFLOP/s; {again}")
+    return samples
 
 
 def _common(

@@ -70,11 +70,8 @@ def measure_pairs(
     """
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
-    once = {name: _once(work, device) for name, work in workloads.items()}
-    inner = {
-        name: max(1, min(_MAX_INNER, math.ceil(min_sample_seconds / max(seconds, 1e-9))))
-        for name, seconds in once.items()
-    }
+    once = {name: _once(work, min_sample_seconds, device) for name, work in workloads.items()}
+    inner = {name: _runs(min_sample_seconds, seconds) for name, seconds in once.items()}
     round_seconds = sum(inner[name] * seconds for name, seconds in once.items())
     pairs = min(pairs, max(_FEWEST_PAIRS, int(max_seconds / round_seconds) if max_seconds < math.inf else pairs))
     samples: dict[str, list[float]] = {name: [] for name in workloads}
@@ -119,9 +116,16 @@ def graphed(work: Workload) -> Workload:
     return Workload(lambda _: graph.replay())
 
 
-def _once(work: Workload, device: str) -> float:
+def _once(work: Workload, min_sample_seconds: float, device: str) -> float:
+    """Seconds a run when warm: the first runs after another workload are several times slower than the rest."""
     _sample(work, _WARMUP_RUNS, device)
-    return _sample(work, 1, device)
+    cold = _sample(work, 1, device)
+    return min(cold, _sample(work, _runs(min_sample_seconds / 2, cold), device))
+
+
+def _runs(seconds: float, once: float) -> int:
+    """How many runs of `once` seconds last `seconds`."""
+    return max(1, min(_MAX_INNER, math.ceil(seconds / max(once, 1e-9))))
 
 
 def _sample(work: Workload, inner: int, device: str) -> float:
