@@ -51,7 +51,7 @@ class Operands {
       const int y = y_ + p_.sign * dy, x = x_ + p_.sign * dx;
       const bool there = row_exists_ && at < p_.depth && y >= 0 && y < p_.a_side && x >= 0 && x < p_.a_side;
       const T* from = a_ + row_ + static_cast<int64_t>(kx) * p_.a_k + y * p_.a_side + x;
-      copy_async<sizeof(T)>(stage + k * kRowM + threadIdx.x % kTileM, there ? from : a_, there);
+      copy_async<sizeof(T)>(stage + k * kRowM + threadIdx.x % kTileM, from, there);
     }
     T* right = stage + kDepth * kRowM;
     const int k = threadIdx.x % kDepth, at = step * kDepth + k;
@@ -60,7 +60,7 @@ class Operands {
 #pragma unroll
     for (int n = threadIdx.x / kDepth; n < kTileN; n += kTileThreads / kDepth) {
       const bool there = at < p_.depth && n0_ + n < p_.columns;
-      copy_async<sizeof(T)>(right + k * kRowN + n, there ? column + static_cast<int64_t>(n0_ + n) * p_.b_n : b_, there);
+      copy_async<sizeof(T)>(right + k * kRowN + n, column + static_cast<int64_t>(n0_ + n) * p_.b_n, there);
     }
   }
 

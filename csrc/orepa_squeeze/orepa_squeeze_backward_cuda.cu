@@ -219,7 +219,8 @@ Status orepa_squeeze_backward_cuda(const SqueezeLayer* layers, const SqueezeGrad
   return with_tile(dtype, math, [&](auto tile) -> Status {
     using Tile = decltype(tile);
     using T = typename Tile::Scalar;
-    if (Status status = run_products<Tile, 9>(call, products.begin(), middle)) return status;
+    constexpr int kFast = sizeof(T) == 4 ? 9 : 0;
+    if (Status status = run_products<Tile, kFast>(call, products.begin(), middle)) return status;
     if (Status status = run_products<Tile, 0>(call, middle, products.end())) return status;
     if (Status status = run_branches<T>(call, branches)) return status;
     return run_sums<T>(call);

@@ -8,19 +8,20 @@
 namespace repkern {
 namespace squeeze {
 
-constexpr int kReduceDepth = 40;     // depth of one stage of the grad_reduce product: four 3x3 kernels, padded to slabs
+// Depth of one stage of the grad_reduce product: four 3x3 kernels, padded to slabs. Less in fp64: a block on sm_120 gets 99 KB.
+constexpr int reduce_depth(size_t element) { return element == 4 ? 40 : 24; }
 constexpr int kStepsPerSlice = 16;   // stages one block of that product adds up
 constexpr int kBranchInputs = 16, kBranchOutputs = 32;  // the (i, o) tile of the other branches
-constexpr size_t kBranchTileBytes = 48 << 10, kBranchTileLimit = 160 << 10;
+constexpr size_t kBranchTileBytes = 48 << 10, kBranchTileLimit = 80 << 10;
 
 // The depth of the grad_reduce product is (o, position): channels whole where they fit into a stage, else in chunks.
 struct DepthSteps {
   int chunks, chunk, channels;
 
-  __host__ __device__ explicit DepthSteps(int kk) {
-    chunks = ceil_div(kk, kReduceDepth);
+  __host__ __device__ DepthSteps(int kk, int depth) {
+    chunks = ceil_div(kk, depth);
     chunk = ceil_div(kk, chunks);
-    channels = kReduceDepth / chunk;
+    channels = depth / chunk;
   }
   __host__ __device__ int count(int co_g) const { return ceil_div(co_g, channels) * chunks; }
 };
@@ -46,7 +47,7 @@ inline BackwardPlan plan_tiles(const SqueezeLayer& layer, size_t element) {
   const int kk = static_cast<int>(layer.k * layer.k);
   BackwardPlan plan;
   if (layer.expand != nullptr) {
-    plan.reduce_slices = ceil_div(DepthSteps(kk).count(co_g), kStepsPerSlice);
+    plan.reduce_slices = ceil_div(DepthSteps(kk, reduce_depth(element)).count(co_g), kStepsPerSlice);
     plan.expand_slices = ceil_div(static_cast<int>(layer.cm / layer.groups), kTileM) * Columns(kk).chunks;
   }
   while (plan.outputs > 1 && branch_tile_bytes(plan, kk, element) > kBranchTileBytes) plan.outputs /= 2;

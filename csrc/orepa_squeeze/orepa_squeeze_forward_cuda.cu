@@ -43,7 +43,7 @@ class Epilogue {
     scale_[1] /= static_cast<T>(layer.kk);
   }
 
-  // `staged`: the 1x1-KxK branch without its identity, and scaled only if add_separable() was there before.
+  // `staged`: the 1x1-KxK branch without its identity, and scaled already where Separable was at work.
   __device__ __forceinline__ T value(T staged, int i, int p) const {
     const int channel = o_ * layer_.ci_g + i, at = channel * layer_.kk + p;
     T sum = layer_.project != nullptr ? staged : scale_[3] * staged;
@@ -71,68 +71,89 @@ class Epilogue {
   T scale_[5];  // all but the separable branch
 };
 
-// The depthwise filters of a tile's inputs, [m][filter, position] in rows of odd length: lanes read different banks.
-template <int kPositions>
-constexpr int kFilterRow = kPositions == 9 ? 8 * 9 + 1 : kTileN + 1;
-template <class T, int kPositions>
-constexpr size_t kForwardShared = kSharedBytes<T> > sizeof(T) * kTileM * (kRowC + kFilterRow<kPositions>)
+constexpr int kPiece = 9;  // positions of the separable branch that are worked on at once
+// Filters held in shared memory at once, as [m][filter][position] in rows of odd length: lanes read different banks.
+template <class T>
+constexpr int kFilters = sizeof(T) == 4 ? 8 : 4;
+template <class T>
+constexpr int kFilterRow = kFilters<T> * kPiece + (kFilters<T> % 2 == 0);
+template <class T>
+constexpr size_t kForwardShared = kSharedBytes<T> > sizeof(T) * kTileM * (kRowC + kFilterRow<T>)
                                       ? kSharedBytes<T>
-                                      : sizeof(T) * kTileM * (kRowC + kFilterRow<kPositions>);
+                                      : sizeof(T) * kTileM * (kRowC + kFilterRow<T>);
 
-// staged = s3 staged + s5 (project · depthwise). A thread keeps one input i and several channels o in registers, so that
-// a filter is read once for all of them. Starts and ends with all threads at a barrier.
-template <class T, int kPositions>
-__device__ void add_separable(const ForwardLayer& layer, const Columns& columns, const Place& place, T* shared) {
-  constexpr int kPiece = 9, kChannels = 4, kSides = kTileThreads / kTileM;
-  T* filters = shared + kTileM * kRowC;
-  const int e = layer.expansion, rows = min(kTileM, layer.ci_g - place.m0);
-  const int at_once = (kFilterRow<kPositions> - 1) / columns.chunk, m = threadIdx.x % kTileM;
-  const Divisor by_position(place.positions);
-  const int64_t first = static_cast<int64_t>(place.group * layer.ci_g + place.m0) * e;
-  for (int q0 = 0; q0 < e; q0 += at_once) {
-    const int count = min(at_once, e - q0), row = count * place.positions;
-    const Divisor by_row(row);
-    for (int x = threadIdx.x; x < rows * row; x += kTileThreads) {
-      const int i = by_row.divide(x), rest = x - i * row, q = by_position.divide(rest), p = rest - q * place.positions;
-      filters[i * kFilterRow<kPositions> + rest] =
-          static_cast<const T*>(layer.depthwise)[(first + i * e + q0 + q) * layer.kk + place.p0 + p];
-    }
-    __syncthreads();
-    for (int c0 = threadIdx.x / kTileM; m < rows && c0 < place.channels; c0 += kSides * kChannels)
-      for (int p0 = 0; p0 < place.positions; p0 += kPiece) {
-        const int o0 = place.group * layer.co_g + place.o0 + c0;
-        const T* project = static_cast<const T*>(layer.project) + (static_cast<int64_t>(o0) * layer.ci_g + place.m0 + m) * e + q0;
-        T sum[kChannels][kPiece] = {};
-        for (int q = 0; q < count; ++q) {
-          T filter[kPiece];
-#pragma unroll
-          for (int p = 0; p < kPiece; ++p) {
-            filter[p] = p0 + p < place.positions ? filters[m * kFilterRow<kPositions> + q * place.positions + p0 + p] : T(0);
-          }
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
-            if (c0 + c * kSides >= place.channels) break;
-            const T weight = project[static_cast<int64_t>(c * kSides) * layer.ci_g * e + q];
-#pragma unroll
-            for (int p = 0; p < kPiece; ++p) sum[c][p] += weight * filter[p];
-          }
+// staged = s3 staged + s5 (project · depthwise), piece by piece. A thread keeps one input i and several channels o in
+// registers, so that a filter is read once for all of them.
+template <class T>
+class Separable {
+ public:
+  __device__ Separable(const ForwardLayer& layer, const Columns& columns, const Place& place, T* shared)
+      : layer_(layer), place_(place), chunk_(columns.chunk), rows_(min(kTileM, layer.ci_g - place.m0)),
+        staged_(shared + threadIdx.x % kTileM * kRowC), filters_(shared + kTileM * kRowC) {}
+
+  // All threads of the block; they are past a barrier before and after.
+  __device__ __forceinline__ void add() const {
+    for (int p0 = 0; p0 < place_.positions; p0 += kPiece)
+      for (int q0 = 0; q0 < layer_.expansion; q0 += kFilters<T>) {
+        const int positions = min(kPiece, place_.positions - p0), count = min(kFilters<T>, layer_.expansion - q0);
+        load(p0, positions, q0, count);
+        __syncthreads();
+        if (static_cast<int>(threadIdx.x) % kTileM < rows_) {
+          for (int c0 = threadIdx.x / kTileM; c0 < place_.channels; c0 += kSides * kChannels) multiply_add(c0, p0, positions, q0, count);
         }
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          if (c0 + c * kSides >= place.channels) break;
-          const T scale = scale_of<T>(layer, 5, o0 + c * kSides);
-          const T before = q0 > 0 ? T(1) : scale_of<T>(layer, 3, o0 + c * kSides);
-          const bool there = q0 > 0 || layer.expand != nullptr;
-          T* to = shared + m * kRowC + (c0 + c * kSides) * columns.chunk + p0;
-#pragma unroll
-          for (int p = 0; p < kPiece; ++p) {
-            if (p0 + p < place.positions) to[p] = (there ? before * to[p] : T(0)) + scale * sum[c][p];
-          }
-        }
+        __syncthreads();
       }
-    __syncthreads();
   }
-}
+
+ private:
+  static constexpr int kChannels = 4, kSides = kTileThreads / kTileM;
+
+  __device__ __forceinline__ void load(int p0, int positions, int q0, int count) const {
+    const int e = layer_.expansion, row = count * positions;
+    const Divisor by_row(row), by_position(positions);
+    const T* depthwise = static_cast<const T*>(layer_.depthwise) + place_.p0 + p0;
+    const int64_t first = static_cast<int64_t>(place_.group * layer_.ci_g + place_.m0) * e + q0;
+    for (int x = threadIdx.x; x < rows_ * row; x += kTileThreads) {
+      const int i = by_row.divide(x), rest = x - i * row, q = by_position.divide(rest), p = rest - q * positions;
+      filters_[i * kFilterRow<T> + q * kPiece + p] = depthwise[(first + i * e + q) * layer_.kk + p];
+    }
+  }
+
+  __device__ __forceinline__ void multiply_add(int c0, int p0, int positions, int q0, int count) const {
+    const int e = layer_.expansion, m = threadIdx.x % kTileM, o0 = place_.group * layer_.co_g + place_.o0 + c0;
+    const T* project = static_cast<const T*>(layer_.project) + (static_cast<int64_t>(o0) * layer_.ci_g + place_.m0 + m) * e + q0;
+    T sum[kChannels][kPiece] = {};
+    for (int q = 0; q < count; ++q) {
+      T filter[kPiece];
+#pragma unroll
+      for (int p = 0; p < kPiece; ++p) filter[p] = p < positions ? filters_[m * kFilterRow<T> + q * kPiece + p] : T(0);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (c0 + c * kSides >= place_.channels) break;
+        const T weight = project[static_cast<int64_t>(c * kSides) * layer_.ci_g * e + q];
+#pragma unroll
+        for (int p = 0; p < kPiece; ++p) sum[c][p] += weight * filter[p];
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      if (c0 + c * kSides >= place_.channels) break;
+      const T scale = scale_of<T>(layer_, 5, o0 + c * kSides);
+      const T before = q0 > 0 ? T(1) : scale_of<T>(layer_, 3, o0 + c * kSides);
+      const bool there = q0 > 0 || layer_.expand != nullptr;
+      T* to = staged_ + (c0 + c * kSides) * chunk_ + p0;
+#pragma unroll
+      for (int p = 0; p < kPiece; ++p) {
+        if (p < positions) to[p] = (there ? before * to[p] : T(0)) + scale * sum[c][p];
+      }
+    }
+  }
+
+  const ForwardLayer& layer_;
+  const Place& place_;
+  int chunk_, rows_;
+  T *staged_, *filters_;
+};
 
 // kPositions: 9 when every layer is 3x3, else 0.
 template <class Tile, int kPositions>
@@ -143,7 +164,7 @@ squeeze_forward(const __grid_constant__ ForwardTable table) {
   int which = 0;
   while (which + 1 < table.count && static_cast<int>(blockIdx.x) >= table.layers[which + 1].first_tile) ++which;
   const ForwardLayer& layer = table.layers[which];
-  const Columns columns(layer.kk);
+  const Columns columns(kPositions != 0 ? kPositions : layer.kk);
   const Place place(blockIdx.x - layer.first_tile, layer.ci_g, layer.co_g, columns);
 
   if (layer.expand != nullptr) {
@@ -153,7 +174,7 @@ squeeze_forward(const __grid_constant__ ForwardTable table) {
     multiply<Tile, false>(shared, reduce, layer.cm_g, layer.ci_g, layer.aligned, right, layer.cm_g, place.m0);
   }
 
-  if (layer.project != nullptr) add_separable<T, kPositions>(layer, columns, place, shared);
+  if (layer.project != nullptr) Separable<T>(layer, columns, place, shared).add();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kTileThreads / 32;
   const int rows = min(kTileM, layer.ci_g - place.m0);
@@ -234,7 +255,7 @@ Status launch_all(const Call& call, Indices first, Indices last) {
       tiles += static_cast<int>(in.groups) * ceil_div(layer.ci_g, kTileM) * Columns(layer.kk).tiles(layer.co_g);
     }
     const Status status = RK_LAUNCH((squeeze_forward<Tile, kPositions>), dim3(tiles), dim3(kTileThreads),
-                                    (kForwardShared<typename Tile::Scalar, kPositions>), call.stream, table);
+                                    kForwardShared<typename Tile::Scalar>, call.stream, table);
     if (status != nullptr) return status;
     first += table.count;
   }
@@ -261,7 +282,8 @@ Status orepa_squeeze_forward_cuda(const SqueezeLayer* layers, void* const* out, 
   return with_tile(dtype, math, [&](auto tile) -> Status {
     using Tile = decltype(tile);
     const Call call{layers, out, dtype, out_dtype, channels_last, stream};
-    if (Status status = launch_all<Tile, 9>(call, order.begin(), middle)) return status;
+    constexpr int kFast = sizeof(typename Tile::Scalar) == 4 ? 9 : 0;
+    if (Status status = launch_all<Tile, kFast>(call, order.begin(), middle)) return status;
     return launch_all<Tile, 0>(call, middle, order.end());
   });
 }

@@ -27,7 +27,7 @@ squeeze_grad_expand(const __grid_constant__ ExpandTable table) {
   int which = 0;
   while (which + 1 < table.count && static_cast<int>(blockIdx.x) >= table.layers[which + 1].first_tile) ++which;
   const ExpandLayer& layer = table.layers[which];
-  const Columns columns(layer.kk);
+  const Columns columns(kPositions != 0 ? kPositions : layer.kk);
   const Place place(blockIdx.x - layer.first_tile, layer.cm_g, layer.co_g, columns);
 
   const T* grad = static_cast<const T*>(layer.grad) + static_cast<int64_t>(place.group) * layer.co_g * layer.ci_g * layer.kk;

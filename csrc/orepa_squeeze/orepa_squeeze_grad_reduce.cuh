@@ -19,11 +19,12 @@ struct ReduceTable {
 };
 static_assert(sizeof(ReduceTable) <= 4096, "kernel parameters hold 4 KB");
 
-constexpr int kReduceLeft = kReduceDepth * kRowM, kReduceRight = kReduceDepth * kRowN;
-constexpr int kReduceStage = kReduceLeft + kReduceRight + kReduceDepth;  // expand rows, grad rows, scale of each row
 constexpr int kReduceStages = 2;
+// A stage: rows of expand, rows of grad, the scale of each row.
 template <class T>
-constexpr size_t kReduceSharedBytes = sizeof(T) * kReduceStages * kReduceStage;
+constexpr int kReduceStage = reduce_depth(sizeof(T)) * (kRowM + kRowN + 1);
+template <class T>
+constexpr size_t kReduceSharedBytes = sizeof(T) * kReduceStages * kReduceStage<T>;
 
 // Copies [o][c][position], c in [c0, c0 + kCount), to rows (o, position) of kRow elements; zeros where there is nothing.
 template <class T, int kCount, int kRow, int kPositions>
@@ -40,7 +41,7 @@ class RowCopy {
       const int p = rest - c * steps_.chunk;
       const bool there = o0 + o < co_g && c0_ + c < count_ && p0 + p < kk_;
       const T* source = from_ + (static_cast<int64_t>(o0 + o) * count_ + c0_ + c) * kk_ + p0 + p;
-      copy_async<sizeof(T)>(to + (o * steps_.chunk + p) * kRow + c, there ? source : from_, there);
+      copy_async<sizeof(T)>(to + (o * steps_.chunk + p) * kRow + c, source, there);
     }
   }
 
@@ -74,7 +75,7 @@ class RowCopy<T, kCount, kRow, 9> {
       for (int piece = 0; piece < 9; ++piece) {
         const int e = (repeat * 9 + piece) * 32;
         const bool there = e < left;
-        copy_async<sizeof(T)>(to + to_[piece] + repeat * 32, there ? source + e : from_, there);
+        copy_async<sizeof(T)>(to + to_[piece] + repeat * 32, source + e, there);
       }
   }
 
@@ -92,7 +93,8 @@ squeeze_grad_reduce(const __grid_constant__ ReduceTable table) {
   int which = 0;
   while (which + 1 < table.count && static_cast<int>(blockIdx.x) >= table.layers[which + 1].first_tile) ++which;
   const ReduceLayer& layer = table.layers[which];
-  const DepthSteps steps(layer.kk);
+  constexpr int kDeep = reduce_depth(sizeof(T)), kLeft = kDeep * kRowM, kRight = kDeep * kRowN;
+  const DepthSteps steps(kPositions != 0 ? kPositions : layer.kk, kDeep);
   const int m_tiles = ceil_div(layer.cm_g, kTileM), n_tiles = ceil_div(layer.ci_g, kTileN);
   int index = blockIdx.x - layer.first_tile;
   const int m0 = index % m_tiles * kTileM, n0 = index / m_tiles % n_tiles * kTileN;
@@ -103,9 +105,9 @@ squeeze_grad_reduce(const __grid_constant__ ReduceTable table) {
   // Rows that fill a stage up to whole slabs are never copied to.
   const int used = steps.channels * steps.chunk;
   for (int stage = 0; stage < kReduceStages; ++stage) {
-    T* rows = shared + stage * kReduceStage;
-    for (int e = used * kRowM + threadIdx.x; e < kReduceLeft; e += kTileThreads) rows[e] = T(0);
-    for (int e = used * kRowN + threadIdx.x; e < kReduceRight; e += kTileThreads) rows[kReduceLeft + e] = T(0);
+    T* rows = shared + stage * kReduceStage<T>;
+    for (int e = used * kRowM + threadIdx.x; e < kLeft; e += kTileThreads) rows[e] = T(0);
+    for (int e = used * kRowN + threadIdx.x; e < kRight; e += kTileThreads) rows[kLeft + e] = T(0);
   }
 
   const int64_t kernel = static_cast<int64_t>(layer.co_g) * layer.kk;
@@ -122,19 +124,19 @@ squeeze_grad_reduce(const __grid_constant__ ReduceTable table) {
     const int block = (first + step) / steps.chunks, o0 = block * steps.channels;
     const int p0 = (first + step - block * steps.chunks) * steps.chunk;
     left.load(stage, o0, layer.co_g, p0);
-    right.load(stage + kReduceLeft, o0, layer.co_g, p0);
-    if (scaled && threadIdx.x < kReduceDepth) {
+    right.load(stage + kLeft, o0, layer.co_g, p0);
+    if (scaled && threadIdx.x < kDeep) {
       const bool there = my_channel < steps.channels && o0 + my_channel < layer.co_g;
-      copy_async<sizeof(T)>(stage + kReduceLeft + kReduceRight + threadIdx.x, there ? scale + o0 + my_channel : scale, there);
+      copy_async<sizeof(T)>(stage + kLeft + kRight + threadIdx.x, scale + o0 + my_channel, there);
     }
   };
-  run_pipeline<kReduceStages, kReduceStage, kReduceDepth>(
+  run_pipeline<kReduceStages, kReduceStage<T>, kDeep>(
       tile, shared, count, load,
       [&](const T* stage, int m, int k) {
         const T value = stage[k * kRowM + m];
-        return scaled ? value * stage[kReduceLeft + kReduceRight + k] : value;
+        return scaled ? value * stage[kLeft + kRight + k] : value;
       },
-      [](const T* stage, int k, int n) { return stage[kReduceLeft + k * kRowN + n]; });
+      [](const T* stage, int k, int n) { return stage[kLeft + k * kRowN + n]; });
 
   T* out = static_cast<T*>(layer.out) + (static_cast<int64_t>(slice) * layer.groups + group) * layer.cm_g * layer.ci_g;
   tile.for_each([&](int m, int n, T value) {

@@ -18,7 +18,7 @@ namespace simt {
 
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10;  // what one block can get on sm_90
+constexpr size_t kMaxShared = 99 << 10;  // what one block can get on every architecture built for (sm_120 has least)
 constexpr size_t kSlotBytes = 32;
 
 // A place in the kernel's source.
@@ -244,7 +244,7 @@ inline std::string check_shape(dim3 grid, dim3 block, size_t shared) {
   if (threads == 0 || threads > kMaxThreads) return "a block must have 1 to 1024 threads, got " + std::to_string(threads);
   if (uint64_t(grid.x) * grid.y * grid.z == 0) return "the grid is empty";
   if (grid.y > 65535 || grid.z > 65535) return "grid.y and grid.z must be at most 65535";
-  if (shared > kMaxShared) return "a block gets at most 232448 bytes of shared memory, asked " + std::to_string(shared);
+  if (shared > kMaxShared) return "a block gets at most 101376 bytes of shared memory, asked " + std::to_string(shared);
   return "";
 }
 

@@ -4,7 +4,8 @@
 
 namespace repkern {
 
-// kBytes (4, 8 or 16) from `from` to shared memory at `to`; zeros instead when not `valid`. Both aligned to kBytes.
+// kBytes (4, 8 or 16) from `from` to shared memory at `to`; zeros instead when not `valid`: then `from` is not read
+// and may point anywhere. Both aligned to kBytes.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async can copy");

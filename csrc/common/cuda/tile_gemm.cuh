@@ -116,8 +116,9 @@ struct FmaTile {
 
   template <class A, class B>
   __device__ __forceinline__ void step(A a, B b) {
+    [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? kSlab : 2;
     const int row = threadIdx.x / 16 * 8, column = threadIdx.x % 16;
-#pragma unroll
+#pragma unroll kUnroll
     for (int k = 0; k < kSlab; ++k) {
       T left[8], right[8];
 #pragma unroll
