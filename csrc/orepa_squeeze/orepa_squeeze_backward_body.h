@@ -154,18 +154,20 @@ struct BackwardPlan {
   // Branches with one value a channel. `grad`: [K * K][W].
   void simple(int64_t o, int64_t i, int64_t lanes, const T* grad, T* scale_sums) const {
     const int64_t at = o * in.cig + i;
-    if (in.avg != nullptr) {
-      Reg sum = V::zero();
-      for (int64_t j = 0; j < in.kk; ++j) sum = V::add(V::load(grad + j * W), sum);
-      sum = V::mul(sum, V::set1(T(1) / static_cast<T>(in.kk)));
-      one_value(kAvg, o, at, lanes, sum, in.avg, to.avg, scale_sums);
-    }
+    Reg sum = V::zero(), inner = V::zero();
     if (in.prior != nullptr) {
-      Reg sum = V::zero();
       const T* filter = in.filter + o * in.kk;
-      for (int64_t j = 0; j < in.kk; ++j) sum = V::fma(V::load(grad + j * W), V::set1(filter[j]), sum);
-      one_value(kPrior, o, at, lanes, sum, in.prior, to.prior, scale_sums);
+      for (int64_t j = 0; j < in.kk; ++j) {
+        const Reg x = V::load(grad + j * W);
+        sum = V::add(x, sum);
+        inner = V::fma(x, V::set1(filter[j]), inner);
+      }
+      one_value(kPrior, o, at, lanes, inner, in.prior, to.prior, scale_sums);
+    } else if (in.avg != nullptr) {
+      for (int64_t j = 0; j < in.kk; ++j) sum = V::add(V::load(grad + j * W), sum);
     }
+    if (in.avg != nullptr)
+      one_value(kAvg, o, at, lanes, V::mul(sum, V::set1(T(1) / static_cast<T>(in.kk))), in.avg, to.avg, scale_sums);
     if (in.pointwise != nullptr)
       one_value(kPointwise, o, at, lanes, V::load(grad + in.centre() * W), in.pointwise, to.pointwise, scale_sums);
   }
@@ -241,7 +243,7 @@ struct BackwardPlan {
     for (int64_t n = 0; n < outputs; ++n) {
       const int64_t at = ((o + n) * in.cmg + first) * in.kk;
       R::prefetch(in.expand + at, used * in.kk);
-      R::prefetch(to.expand + at, used * in.kk);
+      R::prefetch_to_write(to.expand + at, used * in.kk);
       Gemm<T>::run(internals.width(panel), depth, a, b + n * in.cig * in.kk, Columns::strided(1), tiles + n * tile, rows,
                    in.kk, false);
     }

@@ -79,7 +79,7 @@ struct ForwardPlan {
       const int64_t width = panels.width(panel) * W, tile = in.kk * width;
       T* flat = scratch + block * tile;
       T* weights = flat + 2 * tile;
-      multiply(g, panel, o, outputs, scratch);
+      multiply(g, panel, o, outputs, scratch, channels_last || out_dtype != R::kOwn ? nullptr : static_cast<T*>(out));
       for (int64_t n = 0; n < outputs; ++n) add_simple(o + n, panel, scratch + n * tile);
       if (in.project != nullptr) add_projected(g, panel, o, outputs, scratch, weights);
       for (int64_t n = 0; n < outputs; ++n)
@@ -87,7 +87,8 @@ struct ForwardPlan {
     }
   }
 
-  void multiply(int64_t g, int64_t panel, int64_t o, int64_t outputs, T* tiles) const {
+  // `out`: null when its elements are not in the order of the tile.
+  void multiply(int64_t g, int64_t panel, int64_t o, int64_t outputs, T* tiles, const T* out) const {
     const int64_t width = panels.width(panel) * W, tile = in.kk * width;
     if (in.expand == nullptr) return R::clear(tiles, outputs * tile);
     const T* a = packed_reduce(g, panel);
@@ -97,16 +98,17 @@ struct ForwardPlan {
     if (in.kk == 1)
       return Gemm<T>::run(panels.width(panel), depth, a, b, Columns::strided(in.cmg), tiles, rows, outputs, false);
     for (int64_t n = 0; n < outputs; ++n) {
-      prefetch(panel, o + n);
+      prefetch(panel, o + n, out);
       Gemm<T>::run(panels.width(panel), depth, a, b + n * in.cmg * in.kk, Columns::strided(1), tiles + n * tile, rows,
                    in.kk, false);
     }
   }
 
   // What the epilogue of this tile reads lies far apart from output to output: too far for the hardware to foresee.
-  void prefetch(int64_t panel, int64_t o) const {
+  void prefetch(int64_t panel, int64_t o, const T* out) const {
     const int64_t i = o * in.cig + panels.first_lane(panel);
     const int64_t used = lesser(panels.width(panel) * W, in.cig - panels.first_lane(panel));
+    R::prefetch_to_write(out == nullptr ? nullptr : out + i * in.kk, used * in.kk);
     R::prefetch(in.origin == nullptr ? nullptr : in.origin + i * in.kk, used * in.kk);
     R::prefetch(in.project == nullptr ? nullptr : in.project + i * in.e, used * in.e);
     R::prefetch(in.avg == nullptr ? nullptr : in.avg + i, used);

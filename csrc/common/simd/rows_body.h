@@ -14,6 +14,8 @@ struct Rows {
   using V = Vec<T>;
   using Reg = typename V::Reg;
   static constexpr int W = V::width;
+  static constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  static constexpr int64_t kLine = 64 / sizeof(T);  // elements in a cache line
 
   static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -36,24 +38,25 @@ struct Rows {
   // y = a x; returns sum z x, the gradient of a.
   static T scale_dot(T* y, const T* x, const T* z, T a, int64_t n) {
     const Reg factor = V::set1(a);
-    Reg total[2] = {V::zero(), V::zero()};
+    Reg even = V::zero(), odd = V::zero();  // two chains of additions, for their latency
     int64_t j = 0;
-    for (int turn = 0; j + W <= n; j += W, turn ^= 1) {
-      const Reg v = V::load(x + j);
+    for (; j + 2 * W <= n; j += 2 * W) {
+      const Reg v = V::load(x + j), w = V::load(x + j + W);
       V::store(y + j, V::mul(factor, v));
-      total[turn] = V::fma(v, V::load(z + j), total[turn]);
+      V::store(y + j + W, V::mul(factor, w));
+      even = V::fma(v, V::load(z + j), even);
+      odd = V::fma(w, V::load(z + j + W), odd);
     }
-    if (j < n) {
+    for (; j < n; j += W) {
       const Reg v = V::load_n(x + j, n - j);
       V::store_n(y + j, V::mul(factor, v), n - j);
-      total[0] = V::fma(v, V::load_n(z + j, n - j), total[0]);
+      even = V::fma(v, V::load_n(z + j, n - j), even);
     }
-    return V::sum(V::add(total[0], total[1]));
+    return V::sum(V::add(even, odd));
   }
 
   // out = flat + a x; `x` may be null. `out` is of any dtype: see store_as.
   static void add_and_store(void* out, int64_t at, DType dtype, T* flat, const T* x, T a, int64_t n) {
-    constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
     if (dtype != kOwn) {
       if (x != nullptr) axpy(flat, x, a, n);
       return store_as(out, at, dtype, flat, n);
@@ -74,7 +77,11 @@ struct Rows {
   // Asks for n elements that will be needed after the next product; null is fine.
   static void prefetch(const T* x, int64_t n) {
     if (x == nullptr) return;
-    for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + j, 0, 2);
+    for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(x + j, 0, 2);
+  }
+  static void prefetch_to_write(const T* x, int64_t n) {
+    if (x == nullptr) return;
+    for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(x + j, 1, 2);
   }
 
   static T dot(const T* x, const T* y, int64_t n) {
@@ -104,9 +111,8 @@ struct Rows {
     if (Q::size > 0 && lanes == W && rows >= Q::size) {
       int64_t r = 0;
       for (; r + Q::size <= rows; r += Q::size) Q::split(flat + r, pitch, to + r * stride, stride);
-      for (; r < rows; ++r) {
-        for (int lane = 0; lane < W; ++lane) to[r * stride + lane] = flat[lane * pitch + r];
-      }
+      // The last rows again rather than element by element: a vector load cannot be served from 16 small stores.
+      if (r < rows) Q::split(flat + rows - Q::size, pitch, to + (rows - Q::size) * stride, stride);
       return;
     }
     for (int64_t r = 0; r < rows; ++r) {
