@@ -86,7 +86,7 @@ def test_slow_work_gets_fewer_pairs():
 
 def test_a_busy_machine_is_measured_again_and_then_told():
     said, runs = [], []
-    peak = Peak(1e9, "impossible", "", 1.0, lambda: runs.append(1))
+    peak = Peak(1e9, "impossible", "", None, 1.0, lambda: runs.append(1))
     work = {"a": timing.Workload(lambda _: None), "peak": timing.Workload(lambda _: peak.run())}
     busy = options(quick=False, pairs=1, min_sample_seconds=0)
     assert len(ops._undisturbed(work, peak, busy, said.append)["a"]) == 1

@@ -25,6 +25,7 @@ PASSES = ("forward", "backward", "forward+backward")
 BASELINES = ("eager", "compile", "conv2d")
 _ATTEMPTS = 3
 _BUSY = 0.85  # of the peak rate: below it somebody else was using the machine
+_SUSPICIOUS = 0.7
 _RECOMPILES = 64  # one a layer shape of the largest case
 
 
@@ -58,6 +59,8 @@ def run_ops(
     """Hand every row to `on_row` as soon as it is measured; return the failed checks in words."""
     peak = measure_peak(options.dtype, options.device, quick=options.quick)
     say(f"peak: {peak.gflops:.0f} GFLOP/s ({peak.source}); upper bound: {peak.bound}")
+    if peak.bound_gflops is not None and peak.gflops < _SUSPICIOUS * peak.bound_gflops:
+        say("WARNING: that is far below the bound: another process uses the machine, or its cores have one FMA unit")
     say(f"percentages refer to {peak.source}, timed in turn with ours")
     failures: list[str] = []
     for number, case in enumerate(cases, 1):

@@ -29,6 +29,7 @@ class Peak:
     gflops: float
     source: str
     bound: str
+    bound_gflops: float | None
     flops: float
     run: Callable[[], object]
 
@@ -38,7 +39,8 @@ def measure_peak(dtype: torch.dtype, device: str, *, quick: bool = False) -> Pea
     candidates = _candidates(dtype, device, quick)
     rates = {name: flops / _fastest(run, device) / 1e9 for name, (flops, run) in candidates.items()}
     source = max(rates, key=lambda name: rates[name])
-    return Peak(rates[source], source, _bound(dtype, device), *candidates[source])
+    flops, run = candidates[source]
+    return Peak(rates[source], source, *_bound(dtype, device), flops, run)
 
 
 def _candidates(dtype: torch.dtype, device: str, quick: bool) -> dict[str, tuple[float, Callable[[], object]]]:
@@ -73,21 +75,22 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _bound(dtype: torch.dtype, device: str) -> str:
+def _bound(dtype: torch.dtype, device: str) -> tuple[str, float | None]:
     if device != "cpu":
-        return "no bound computed"
+        return "no bound computed", None
     isa = torch.backends.cpu.get_cpu_capability().lower().replace("avx2+", "avx2")
     bits = next((bits for name, bits in _VECTOR_BITS.items() if isa.startswith(name)), None)
     megahertz = _nominal_megahertz()
     if bits is None or megahertz is None:
-        return "unknown (no vector width or clock could be read)"
+        return "unknown (no vector width or clock could be read)", None
     lanes = bits // (8 * dtype.itemsize)
     threads = torch.get_num_threads()
     gflops = threads * megahertz / 1e3 * _FMA_UNITS * lanes * _FMA_FLOPS
-    return (
+    text = (
         f"{gflops:.0f} GFLOP/s = {threads} threads x {megahertz / 1e3:.2f} GHz x {_FMA_UNITS} FMA units "
         f"x {lanes} lanes x 2, at the clock /proc/cpuinfo names (a turbo clock would raise it)"
     )
+    return text, gflops
 
 
 def _nominal_megahertz() -> float | None:
