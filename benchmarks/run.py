@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a look: rows are stored too, so do not commit them")
     parser.add_argument("--tests", action="store_true", help="also run the op tests and store their counts")
     args = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)  # git keeps no empty folder
     codes = [run_tests()] if args.tests else []
     codes += [
         subprocess.run(
