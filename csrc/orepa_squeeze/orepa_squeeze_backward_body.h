@@ -14,7 +14,7 @@ struct BackwardPlan {
   using Reg = typename V::Reg;
   using R = Rows<T>;
   static constexpr int W = V::width;
-  static constexpr int64_t kTilePositions = 72;    // as in ForwardPlan
+  static constexpr int64_t kTilePositions = 36;    // as in ForwardPlan
   static constexpr int64_t kPart = 16;             // fewest output channels in a unit of the pass over the gradient
   static constexpr int64_t kChunkPositions = 54;   // positions of the gradient that are in work at once there
   static constexpr int64_t kDepth = 320;           // positions summed between two visits to a tile of grad reduce
@@ -244,6 +244,7 @@ struct BackwardPlan {
       const int64_t at = ((o + n) * in.cmg + first) * in.kk;
       R::prefetch(in.expand + at, used * in.kk);
       R::prefetch_to_write(to.expand + at, used * in.kk);
+      if (panel == 0 && n + 1 < outputs) R::prefetch(b + (n + 1) * in.cig * in.kk, in.cig * in.kk);
       Gemm<T>::run(internals.width(panel), depth, a, b + n * in.cig * in.kk, Columns::strided(1), tiles + n * tile, rows,
                    in.kk, false);
     }

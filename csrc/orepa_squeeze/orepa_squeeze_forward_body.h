@@ -21,7 +21,7 @@ struct ForwardPlan {
   using Reg = typename V::Reg;
   using R = Rows<T>;
   static constexpr int W = V::width;
-  static constexpr int64_t kTilePositions = 72;  // of one panel; keeps the tiles of a block in the first-level cache
+  static constexpr int64_t kTilePositions = 36;  // of one panel; keeps the tiles of a block in the first-level cache
 
   View<T> in;
   Panels<T> panels;
@@ -99,6 +99,7 @@ struct ForwardPlan {
       return Gemm<T>::run(panels.width(panel), depth, a, b, Columns::strided(in.cmg), tiles, rows, outputs, false);
     for (int64_t n = 0; n < outputs; ++n) {
       prefetch(panel, o + n, out);
+      if (panel == 0 && n + 1 < outputs) R::prefetch(b + (n + 1) * in.cmg * in.kk, in.cmg * in.kk);
       Gemm<T>::run(panels.width(panel), depth, a, b + n * in.cmg * in.kk, Columns::strided(1), tiles + n * tile, rows,
                    in.kk, false);
     }
