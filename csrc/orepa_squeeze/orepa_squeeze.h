@@ -46,7 +46,7 @@ size_t orepa_squeeze_backward_cpu_workspace(const SqueezeLayer* layers, int coun
 Status orepa_squeeze_backward_cpu(const SqueezeLayer* layers, const SqueezeGrads* grads, int count, DType dtype,
                                   void* workspace, int threads);
 
-// `math`: 0 = strict fp32 (FFMA), 1 = TF32 allowed.
+// `math`: 0 = strict fp32 (error-compensated TF32, or multiply-adds with REPKERN_CUDA_FP32=ffma), 1 = TF32 allowed.
 size_t orepa_squeeze_forward_cuda_workspace(const SqueezeLayer* layers, int count, DType dtype);
 Status orepa_squeeze_forward_cuda(const SqueezeLayer* layers, void* const* out, int count, DType dtype, DType out_dtype,
                                   bool channels_last, int math, void* workspace, void* stream);
