@@ -1,6 +1,6 @@
-// The one matrix product, for one instruction set: C[column][lane] (+)= sum over depth of A[depth][lane] B[depth][column].
-// A is packed in panels (`vectors` registers wide), C is a tile of rows of the same width; B is read where it lies, one
-// element broadcast at a time, so it may be any strided view of a tensor.
+// The one matrix product, for one instruction set: C[column][lane] (+)= sum over depth of A[depth][lane]
+// B[depth][column]. A is packed in panels (`vectors` registers wide), C is a tile of rows of the same width; B is read
+// where it lies, one element broadcast at a time, so it may be any strided view of a tensor.
 #pragma once
 #include <cstdint>
 
@@ -74,15 +74,24 @@ struct Gemm {
   static Micro micro_of(int columns) {
     constexpr int most = V::columns(MV);
     switch (columns) {
-      case 1: return micro<MV, 1, kDense>;
-      case 2: return micro<MV, 2, kDense>;
-      case 3: return micro<MV, 3, kDense>;
-      case 4: return micro<MV, most < 4 ? 1 : 4, kDense>;
-      case 5: return micro<MV, most < 5 ? 1 : 5, kDense>;
-      case 6: return micro<MV, most < 6 ? 1 : 6, kDense>;
-      case 7: return micro<MV, most < 7 ? 1 : 7, kDense>;
-      case 8: return micro<MV, most < 8 ? 1 : 8, kDense>;
-      default: return micro<MV, most < 9 ? 1 : 9, kDense>;
+      case 1:
+        return micro<MV, 1, kDense>;
+      case 2:
+        return micro<MV, 2, kDense>;
+      case 3:
+        return micro<MV, 3, kDense>;
+      case 4:
+        return micro < MV, most < 4 ? 1 : 4, kDense > ;
+      case 5:
+        return micro < MV, most < 5 ? 1 : 5, kDense > ;
+      case 6:
+        return micro < MV, most < 6 ? 1 : 6, kDense > ;
+      case 7:
+        return micro < MV, most < 7 ? 1 : 7, kDense > ;
+      case 8:
+        return micro < MV, most < 8 ? 1 : 8, kDense > ;
+      default:
+        return micro < MV, most < 9 ? 1 : 9, kDense > ;
     }
   }
 
@@ -117,10 +126,14 @@ struct Gemm {
                   int64_t columns, bool add) {
     static_assert(V::panel <= 4, "no case for wider panels");
     switch (vectors) {
-      case 1: return run_panel<1>(d, a, b, at_b, c, at_c, columns, add);
-      case 2: return run_panel<2>(d, a, b, at_b, c, at_c, columns, add);
-      case 3: return run_panel<V::panel < 3 ? 1 : 3>(d, a, b, at_b, c, at_c, columns, add);
-      default: return run_panel<V::panel < 4 ? 1 : 4>(d, a, b, at_b, c, at_c, columns, add);
+      case 1:
+        return run_panel<1>(d, a, b, at_b, c, at_c, columns, add);
+      case 2:
+        return run_panel<2>(d, a, b, at_b, c, at_c, columns, add);
+      case 3:
+        return run_panel < V::panel<3 ? 1 : 3>(d, a, b, at_b, c, at_c, columns, add);
+      default:
+        return run_panel < V::panel<4 ? 1 : 4>(d, a, b, at_b, c, at_c, columns, add);
     }
   }
 };

@@ -17,9 +17,12 @@ namespace repkern {
 template <class Function>
 Function* chosen_build(Function* scalar, Function* avx2, Function* avx512) {
   switch (isa_used()) {
-    case Isa::avx512: return avx512;
-    case Isa::avx2: return avx2;
-    default: return scalar;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    default:
+      return scalar;
   }
 }
 

@@ -48,15 +48,33 @@ struct LaneProduct {
     for (int64_t tiles = (columns + most - 1) / most, left = columns, width; tiles > 0; --tiles, left -= width) {
       width = (left + tiles - 1) / tiles;
       switch (width) {
-        case 1: micro<NR, 1>(depth, s, a, b, c, add); break;
-        case 2: micro<NR, 2>(depth, s, a, b, c, add); break;
-        case 3: micro<NR, 3>(depth, s, a, b, c, add); break;
-        case 4: micro<NR, 4>(depth, s, a, b, c, add); break;
-        case 5: micro<NR, most < 5 ? 1 : 5>(depth, s, a, b, c, add); break;
-        case 6: micro<NR, most < 6 ? 1 : 6>(depth, s, a, b, c, add); break;
-        case 7: micro<NR, most < 7 ? 1 : 7>(depth, s, a, b, c, add); break;
-        case 8: micro<NR, most < 8 ? 1 : 8>(depth, s, a, b, c, add); break;
-        default: micro<NR, most < 9 ? 1 : 9>(depth, s, a, b, c, add); break;
+        case 1:
+          micro<NR, 1>(depth, s, a, b, c, add);
+          break;
+        case 2:
+          micro<NR, 2>(depth, s, a, b, c, add);
+          break;
+        case 3:
+          micro<NR, 3>(depth, s, a, b, c, add);
+          break;
+        case 4:
+          micro<NR, 4>(depth, s, a, b, c, add);
+          break;
+        case 5:
+          micro < NR, most<5 ? 1 : 5>(depth, s, a, b, c, add);
+          break;
+        case 6:
+          micro < NR, most<6 ? 1 : 6>(depth, s, a, b, c, add);
+          break;
+        case 7:
+          micro < NR, most<7 ? 1 : 7>(depth, s, a, b, c, add);
+          break;
+        case 8:
+          micro < NR, most<8 ? 1 : 8>(depth, s, a, b, c, add);
+          break;
+        default:
+          micro < NR, most<9 ? 1 : 9>(depth, s, a, b, c, add);
+          break;
       }
       b += width * s.b_column * W;
       c += width * s.c_column * W;
@@ -69,9 +87,15 @@ struct LaneProduct {
     for (int64_t tiles = (rows + most - 1) / most, left = rows, height; tiles > 0; --tiles, left -= height) {
       height = (left + tiles - 1) / tiles;
       switch (height) {
-        case 1: run_rows<1>(columns, depth, s, a, b, c, add); break;
-        case 2: run_rows<2>(columns, depth, s, a, b, c, add); break;
-        default: run_rows<most < 3 ? 1 : 3>(columns, depth, s, a, b, c, add); break;
+        case 1:
+          run_rows<1>(columns, depth, s, a, b, c, add);
+          break;
+        case 2:
+          run_rows<2>(columns, depth, s, a, b, c, add);
+          break;
+        default:
+          run_rows < most<3 ? 1 : 3>(columns, depth, s, a, b, c, add);
+          break;
       }
       a += height * s.a_row * W;
       c += height * s.c_row * W;

@@ -21,7 +21,9 @@ struct ForwardSpace {
   int64_t scratch_size;
 
   ForwardSpace(Workspace& space, const WideCompose<T>& wide, int threads)
-      : packed(space.take<T>(wide.forward_packed())), scratch(nullptr), scratch_size((wide.forward_scratch() + 63) / 64 * 64) {
+      : packed(space.take<T>(wide.forward_packed())),
+        scratch(nullptr),
+        scratch_size((wide.forward_scratch() + 63) / 64 * 64) {
     scratch = space.take<T>(scratch_size * threads);
   }
 };

@@ -32,8 +32,10 @@ template <class T>
 class Operands {
  public:
   __device__ Operands(const Product& product, int group, int m0, int n0)
-      : p_(product), a_(static_cast<const T*>(product.a) + group * product.a_group),
-        b_(static_cast<const T*>(product.b) + group * product.b_group), n0_(n0) {
+      : p_(product),
+        a_(static_cast<const T*>(product.a) + group * product.a_group),
+        b_(static_cast<const T*>(product.b) + group * product.b_group),
+        n0_(n0) {
     const int m = m0 + threadIdx.x % kTileM;
     row_exists_ = m < p_.rows;
     const int mx = p_.m_grid.divide(m), my = m - mx * p_.m_grid.value;
@@ -103,8 +105,15 @@ struct Sizes {
 
 Sizes sizes_of(const ComposeParams& p) {
   const int k1 = static_cast<int>(p.k1), k2 = static_cast<int>(p.k2), k = k1 + k2 - 1;
-  return {static_cast<int>(p.co / p.groups), static_cast<int>(p.ci / p.groups), static_cast<int>(p.cm / p.groups),
-          k1, k2, k, k1 * k1, k2 * k2, k * k};
+  return {static_cast<int>(p.co / p.groups),
+          static_cast<int>(p.ci / p.groups),
+          static_cast<int>(p.cm / p.groups),
+          k1,
+          k2,
+          k,
+          k1 * k1,
+          k2 * k2,
+          k * k};
 }
 
 Status check(const ComposeParams& p) {
@@ -198,7 +207,8 @@ Status run(Product product, int64_t groups, DType dtype, int math, void* stream)
   if (grid.y > 65535) return "more than 8388480 channels are not supported by the CUDA kernels";
   return with_tile(dtype, math, [&](auto tile) -> Status {
     using Tile = decltype(tile);
-    return RK_LAUNCH(compose_product<Tile>, grid, dim3(kTileThreads), kSharedBytes<typename Tile::Scalar>, stream, product);
+    return RK_LAUNCH(compose_product<Tile>, grid, dim3(kTileThreads), kSharedBytes<typename Tile::Scalar>, stream,
+                     product);
   });
 }
 
@@ -212,11 +222,12 @@ Status compose_sequential_forward_cuda(const ComposeParams& p, void* out, DType 
   return run(composed(p, sizes_of(p), out), p.groups, dtype, math, stream);
 }
 
-Status compose_sequential_backward_cuda(const ComposeParams& p, const void* grad_out, void* grad_first, void* grad_second,
-                                        DType dtype, int math, void*, void* stream) {
+Status compose_sequential_backward_cuda(const ComposeParams& p, const void* grad_out, void* grad_first,
+                                        void* grad_second, DType dtype, int math, void*, void* stream) {
   if (Status problem = check(p)) return problem;
   const Sizes sizes = sizes_of(p);
-  if (Status problem = run(gradient_of_first(p, sizes, grad_out, grad_first), p.groups, dtype, math, stream)) return problem;
+  if (Status problem = run(gradient_of_first(p, sizes, grad_out, grad_first), p.groups, dtype, math, stream))
+    return problem;
   return run(gradient_of_second(p, sizes, grad_out, grad_second), p.groups, dtype, math, stream);
 }
 

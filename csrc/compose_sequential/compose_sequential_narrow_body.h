@@ -12,7 +12,12 @@ namespace REPKERN_ISA_NAMESPACE {
 struct Composition {
   int64_t groups, cog, cig, cmg, k1, k2, k;
   explicit Composition(const ComposeParams& p)
-      : groups(p.groups), cog(p.co / p.groups), cig(p.ci / p.groups), cmg(p.cm / p.groups), k1(p.k1), k2(p.k2),
+      : groups(p.groups),
+        cog(p.co / p.groups),
+        cig(p.ci / p.groups),
+        cmg(p.cm / p.groups),
+        k1(p.k1),
+        k2(p.k2),
         k(p.k1 + p.k2 - 1) {}
 };
 
@@ -64,7 +69,8 @@ struct NarrowCompose {
       for (int64_t i = 0; i < c.cig; ++i) {
         for (int64_t a = 0; a < size2; ++a) {
           const T* corner = grad + (o * c.cig + i) * size + a / c.k2 * c.k + a % c.k2;
-          for (int64_t row = 0; row < c.k1; ++row) R::axpy(to + i * size1 + row * c.k1, corner + row * c.k, left[a], c.k1);
+          for (int64_t row = 0; row < c.k1; ++row)
+            R::axpy(to + i * size1 + row * c.k1, corner + row * c.k, left[a], c.k1);
         }
       }
     }

@@ -24,8 +24,14 @@ struct WideCompose {
   const T* second;
 
   explicit WideCompose(const ComposeParams& p)
-      : c(p), kk1(c.k1 * c.k1), kk2(c.k2 * c.k2), kk(c.k * c.k), panels(c.cig), internals(c.cmg),
-        first(static_cast<const T*>(p.first)), second(static_cast<const T*>(p.second)) {}
+      : c(p),
+        kk1(c.k1 * c.k1),
+        kk2(c.k2 * c.k2),
+        kk(c.k * c.k),
+        panels(c.cig),
+        internals(c.cmg),
+        first(static_cast<const T*>(p.first)),
+        second(static_cast<const T*>(p.second)) {}
 
   static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -78,7 +84,8 @@ struct WideCompose {
     const Depth depth = Depth::flat(c.cmg, width, kk2);
     const T* b = second + o * c.cmg * kk2;
     if (kk2 == 1)
-      return Gemm<T>::run(vectors, depth, a, b, Columns::strided(c.cmg), to, Columns::strided(kk * width), outputs, true);
+      return Gemm<T>::run(vectors, depth, a, b, Columns::strided(c.cmg), to, Columns::strided(kk * width), outputs,
+                          true);
     for (int64_t n = 0; n < outputs; ++n)
       Gemm<T>::run(vectors, depth, a, b + n * c.cmg * kk2, Columns::strided(1), to + n * kk * width,
                    Columns{c.k2, width, c.k * width}, kk2, true);
@@ -130,7 +137,8 @@ struct WideCompose {
     const int64_t width = internals.width(panel) * W;
     for (int64_t lane = 0; lane < width; lane += W) {
       const int64_t t = internals.first_lane(panel) + lane;
-      R::split(first + (g * c.cmg + t) * rows, rows, lesser(W, c.cmg - t), rows, first_panel(packed, g, panel) + lane, width);
+      R::split(first + (g * c.cmg + t) * rows, rows, lesser(W, c.cmg - t), rows, first_panel(packed, g, panel) + lane,
+               width);
     }
   }
 
@@ -147,10 +155,12 @@ struct WideCompose {
       if (kk2 == 1) Gemm<T>::run(vectors, depth, a, grad + o * row, Columns::strided(row), tiles, rows, outputs, false);
       for (int64_t n = 0; n < outputs; ++n) {
         if (kk2 > 1)
-          Gemm<T>::run(vectors, depth, a, grad + (o + n) * row, Columns{c.k2, 1, c.k}, tiles + n * tile, rows, kk2, false);
+          Gemm<T>::run(vectors, depth, a, grad + (o + n) * row, Columns{c.k2, 1, c.k}, tiles + n * tile, rows, kk2,
+                       false);
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t t = internals.first_lane(panel) + v * W;
-          R::join(tiles + n * tile + v * W, width, lesser(W, c.cmg - t), kk2, grad_second + ((o + n) * c.cmg + t) * kk2, kk2);
+          R::join(tiles + n * tile + v * W, width, lesser(W, c.cmg - t), kk2, grad_second + ((o + n) * c.cmg + t) * kk2,
+                  kk2);
         }
       }
     }
@@ -166,7 +176,8 @@ struct WideCompose {
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         const int64_t width = panels.width(panel) * W;
         const T* a = outer_panel(packed_outer, g, panel) + o * kk * width;
-        const Depth depth{{lesser(step, c.cog - o), c.k2, c.k2}, {kk * width, c.k * width, width}, {c.cmg * kk2, c.k2, 1}};
+        const Depth depth{
+            {lesser(step, c.cog - o), c.k2, c.k2}, {kk * width, c.k * width, width}, {c.cmg * kk2, c.k2, 1}};
         for (int64_t at = 0; at < kk1; ++at)
           Gemm<T>::run(panels.width(panel), depth, a + (at / c.k1 * c.k + at % c.k1) * width, b, Columns::strided(kk2),
                        sums + at * count * pitch + panels.first_lane(panel), Columns::strided(pitch), count, o > 0);

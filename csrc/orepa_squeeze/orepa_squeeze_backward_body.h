@@ -14,28 +14,32 @@ struct BackwardPlan {
   using Reg = typename V::Reg;
   using R = Rows<T>;
   static constexpr int W = V::width;
-  static constexpr int64_t kTilePositions = 36;    // as in ForwardPlan
-  static constexpr int64_t kPart = 16;             // fewest output channels in a unit of the pass over the gradient
-  static constexpr int64_t kChunkPositions = 54;   // positions of the gradient that are in work at once there
-  static constexpr int64_t kDepth = 320;           // positions summed between two visits to a tile of grad reduce
-  static constexpr int64_t kRange = 144;           // most internal channels in a unit of grad reduce
+  static constexpr int64_t kTilePositions = 36;   // as in ForwardPlan
+  static constexpr int64_t kPart = 16;            // fewest output channels in a unit of the pass over the gradient
+  static constexpr int64_t kChunkPositions = 54;  // positions of the gradient that are in work at once there
+  static constexpr int64_t kDepth = 320;          // positions summed between two visits to a tile of grad reduce
+  static constexpr int64_t kRange = 144;          // most internal channels in a unit of grad reduce
 
   View<T> in;
   GradView<T> to;
-  Panels<T> panels;        // of input channels
-  Panels<T> internals;     // of internal channels
-  int64_t block;           // output channels in a unit of grad expand
-  int64_t parts;           // units of the pass over the output gradient in a group; not a matter of threads
-  int64_t chunk;           // output channels in work at once there
-  int64_t ranges;          // units of grad reduce in a group
-  T* reduce;               // [g][internal panel][Ci/g][lanes]: reduce transposed
-  T* depthwise;            // [g][vector][e][K * K][W]
-  T* outer;                // [g][panel][Co/g][K * K][lanes]: the output gradient times the scale of the product branch
-  T* sums;                 // [g][part][vector][e][K * K][W]: grad depthwise, a part for each unit of the pass
+  Panels<T> panels;     // of input channels
+  Panels<T> internals;  // of internal channels
+  int64_t block;        // output channels in a unit of grad expand
+  int64_t parts;        // units of the pass over the output gradient in a group; not a matter of threads
+  int64_t chunk;        // output channels in work at once there
+  int64_t ranges;       // units of grad reduce in a group
+  T* reduce;            // [g][internal panel][Ci/g][lanes]: reduce transposed
+  T* depthwise;         // [g][vector][e][K * K][W]
+  T* outer;             // [g][panel][Co/g][K * K][lanes]: the output gradient times the scale of the product branch
+  T* sums;              // [g][part][vector][e][K * K][W]: grad depthwise, a part for each unit of the pass
 
   BackwardPlan(const View<T>& view, const GradView<T>& grads, int threads)
-      : in(view), to(grads), panels(view.cig), internals(larger(view.cmg, 1)),
-        block(lesser(larger(kTilePositions / view.kk, 1), 18)), parts(lesser(divide_up(view.cog, kPart), 16)),
+      : in(view),
+        to(grads),
+        panels(view.cig),
+        internals(larger(view.cmg, 1)),
+        block(lesser(larger(kTilePositions / view.kk, 1), 18)),
+        parts(lesser(divide_up(view.cog, kPart), 8)),
         chunk(lesser(larger(kChunkPositions / view.kk, 1), 12)) {
     block = lesser(block, larger(view.co / (2 * threads), 1));
     const int64_t wanted = larger(divide_up(view.cmg, kRange), divide_up(2 * threads, view.groups));
@@ -59,9 +63,7 @@ struct BackwardPlan {
   }
   int64_t reduce_units() const { return in.expand == nullptr ? 0 : in.groups * ranges; }
 
-  int64_t pass_scratch() const {
-    return larger(chunk * (in.kk + 2 * in.e + kSqueezeBranches), in.e * in.kk) * W;
-  }
+  int64_t pass_scratch() const { return larger(chunk * (in.kk + 2 * in.e + kSqueezeBranches), in.e * in.kk) * W; }
   int64_t expand_scratch() const { return (block + 1) * in.kk * panels_widest(); }
   int64_t reduce_scratch() const { return divide_up(in.cmg, larger(ranges, 1)) * panels.vectors * W; }
   int64_t scratch() const { return larger(pass_scratch(), larger(expand_scratch(), reduce_scratch())); }
@@ -82,7 +84,8 @@ struct BackwardPlan {
 
   void pack(int64_t unit) const {
     const int64_t depthwise_units = in.groups * panels.count;
-    if (unit >= depthwise_units) return pack_reduce((unit - depthwise_units) / internals.count, (unit - depthwise_units) % internals.count);
+    if (unit >= depthwise_units)
+      return pack_reduce((unit - depthwise_units) / internals.count, (unit - depthwise_units) % internals.count);
     if (in.project == nullptr) return;
     const int64_t g = unit / panels.count, panel = unit % panels.count;
     for (int64_t v = panels.first_vector(panel); v < panels.first_vector(panel + 1); ++v)
@@ -110,10 +113,10 @@ struct BackwardPlan {
   }
 
   void pass_chunk(int64_t g, int64_t o, int64_t outputs, T* sums, T* work) const {
-    T* grads = work;                                      // [output][K * K][W]
-    T* weights = grads + chunk * in.kk * W;               // [output][e][W]
-    T* inner = weights + chunk * in.e * W;                // [output][e][W]
-    T* scale_sums = inner + chunk * in.e * W;             // [output][branch][W]
+    T* grads = work;                           // [output][K * K][W]
+    T* weights = grads + chunk * in.kk * W;    // [output][e][W]
+    T* inner = weights + chunk * in.e * W;     // [output][e][W]
+    T* scale_sums = inner + chunk * in.e * W;  // [output][branch][W]
     R::clear(scale_sums, outputs * kSqueezeBranches * W);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       for (int64_t v = 0; v < panels.width(panel); ++v) {
@@ -132,14 +135,16 @@ struct BackwardPlan {
   }
 
   void finish_scales(int64_t o, const T* scale_sums) const {
-    const bool summed[] = {false, in.avg != nullptr, in.prior != nullptr, false, in.pointwise != nullptr, in.project != nullptr};
+    const bool summed[] = {false, in.avg != nullptr,       in.prior != nullptr,
+                           false, in.pointwise != nullptr, in.project != nullptr};
     for (int b = 0; b < kSqueezeBranches; ++b) {
       if (summed[b]) to.set_scale(static_cast<Branch>(b), o, V::sum(V::load(scale_sums + b * W)));
     }
     if (in.origin == nullptr) return;
     const int64_t size = in.cig * in.kk;
-    to.set_scale(kOrigin, o,
-                 R::scale_dot(to.origin + o * size, to.out + o * size, in.origin + o * size, in.scale(kOrigin, o), size));
+    to.set_scale(
+        kOrigin, o,
+        R::scale_dot(to.origin + o * size, to.out + o * size, in.origin + o * size, in.scale(kOrigin, o), size));
   }
 
   // The parts of grad depthwise, summed in their order whichever thread made them.
@@ -147,7 +152,8 @@ struct BackwardPlan {
     const int64_t g = unit / panels.vectors, v = unit % panels.vectors, rows = in.e * in.kk;
     const int64_t i = v * W, lanes = lesser(W, in.cig - i);
     R::clear(total, rows * W);
-    for (int64_t part = 0; part < parts; ++part) R::axpy(total, part_of_depthwise(g, part) + v * rows * W, T(1), rows * W);
+    for (int64_t part = 0; part < parts; ++part)
+      R::axpy(total, part_of_depthwise(g, part) + v * rows * W, T(1), rows * W);
     R::join(total, W, lanes, rows, to.depthwise + (g * in.cig + i) * rows, rows);
   }
 
@@ -172,7 +178,8 @@ struct BackwardPlan {
       one_value(kPointwise, o, at, lanes, V::load(grad + in.centre() * W), in.pointwise, to.pointwise, scale_sums);
   }
 
-  void one_value(Branch b, int64_t o, int64_t at, int64_t lanes, Reg grad, const T* weight, T* out, T* scale_sums) const {
+  void one_value(Branch b, int64_t o, int64_t at, int64_t lanes, Reg grad, const T* weight, T* out,
+                 T* scale_sums) const {
     V::store_n(out + at, V::mul(V::set1(in.scale(b, o)), grad), lanes);
     V::store(scale_sums + b * W, V::fma(V::load_n(weight + at, lanes), grad, V::load(scale_sums + b * W)));
   }
@@ -188,8 +195,8 @@ struct BackwardPlan {
                  T* scale_sums, T* sums) const {
     for (int64_t n = 0; n < outputs; ++n)
       R::split(in.project + ((o + n) * in.cig + i) * in.e, in.e, lanes, in.e, weights + n * in.e * W, W);
-    LaneProduct<T>::run(outputs, in.e, in.kk, LaneStrides{in.kk, 1, 1, in.kk, in.e, 1}, grads, packed_depthwise(g, i / W),
-                        inner, false);
+    LaneProduct<T>::run(outputs, in.e, in.kk, LaneStrides{in.kk, 1, 1, in.kk, in.e, 1}, grads,
+                        packed_depthwise(g, i / W), inner, false);
     for (int64_t n = 0; n < outputs; ++n) {
       const Reg scale = V::set1(in.scale(kProject, o + n));
       T* sum = scale_sums + (n * kSqueezeBranches + kProject) * W;
@@ -245,8 +252,8 @@ struct BackwardPlan {
       R::prefetch(in.expand + at, used * in.kk);
       R::prefetch_to_write(to.expand + at, used * in.kk);
       if (panel == 0 && n + 1 < outputs) R::prefetch(b + (n + 1) * in.cig * in.kk, in.cig * in.kk);
-      Gemm<T>::run(internals.width(panel), depth, a, b + n * in.cig * in.kk, Columns::strided(1), tiles + n * tile, rows,
-                   in.kk, false);
+      Gemm<T>::run(internals.width(panel), depth, a, b + n * in.cig * in.kk, Columns::strided(1), tiles + n * tile,
+                   rows, in.kk, false);
     }
   }
 

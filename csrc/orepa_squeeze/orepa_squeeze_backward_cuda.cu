@@ -149,8 +149,8 @@ Status run_products(Backward& call, Indices first, Indices last) {
   return launch_tables<ReduceTable>(
       first, last, [&](int index, ReduceLayer& entry) { return describe_reduce(call, index, entry); },
       [&](int blocks, const ReduceTable& table) {
-        return RK_LAUNCH((squeeze_grad_reduce<Tile, kPositions>), dim3(blocks), dim3(kTileThreads), kReduceSharedBytes<T>,
-                         call.stream, table);
+        return RK_LAUNCH((squeeze_grad_reduce<Tile, kPositions>), dim3(blocks), dim3(kTileThreads),
+                         kReduceSharedBytes<T>, call.stream, table);
       });
 }
 
@@ -189,7 +189,8 @@ Status run_sums(const Backward& call) {
       table.jobs[i].first_block = blocks;
       blocks += ceil_div(table.jobs[i].count, kSumThreads);
     }
-    if (Status status = RK_LAUNCH(squeeze_sum_slices<T>, dim3(blocks), dim3(kSumThreads), 0, call.stream, table)) return status;
+    if (Status status = RK_LAUNCH(squeeze_sum_slices<T>, dim3(blocks), dim3(kSumThreads), 0, call.stream, table))
+      return status;
   }
   return nullptr;
 }
@@ -200,8 +201,8 @@ size_t orepa_squeeze_backward_cuda_workspace(const SqueezeLayer* layers, int cou
   return plan_backward(layers, count, dtype).bytes;
 }
 
-Status orepa_squeeze_backward_cuda(const SqueezeLayer* layers, const SqueezeGrads* grads, int count, DType dtype, int math,
-                                   void* workspace, void* stream) {
+Status orepa_squeeze_backward_cuda(const SqueezeLayer* layers, const SqueezeGrads* grads, int count, DType dtype,
+                                   int math, void* workspace, void* stream) {
   std::vector<int> branches, products;
   for (int i = 0; i < count; ++i) {
     if (Status problem = check_sizes(layers[i])) return problem;
@@ -211,9 +212,8 @@ Status orepa_squeeze_backward_cuda(const SqueezeLayer* layers, const SqueezeGrad
   }
   Backward call{layers, grads, dtype, static_cast<char*>(workspace), stream, plan_backward(layers, count, dtype), {}};
   // The deepest products first: the short tiles of the others fill the last wave.
-  std::stable_sort(products.begin(), products.end(), [&](int a, int b) {
-    return layers[a].ci / layers[a].groups > layers[b].ci / layers[b].groups;
-  });
+  std::stable_sort(products.begin(), products.end(),
+                   [&](int a, int b) { return layers[a].ci / layers[a].groups > layers[b].ci / layers[b].groups; });
   const auto middle = std::stable_partition(products.begin(), products.end(), [&](int i) { return layers[i].k == 3; });
 
   return with_tile(dtype, math, [&](auto tile) -> Status {

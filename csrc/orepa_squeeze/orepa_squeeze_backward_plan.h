@@ -8,9 +8,10 @@
 namespace repkern {
 namespace squeeze {
 
-// Depth of one stage of the grad_reduce product: four 3x3 kernels, padded to slabs. Less in fp64: a block on sm_120 gets 99 KB.
+// Depth of one stage of the grad_reduce product: four 3x3 kernels, padded to slabs. Less in fp64: a block on sm_120
+// gets 99 KB.
 constexpr int reduce_depth(size_t element) { return element == 4 ? 40 : 24; }
-constexpr int kStepsPerSlice = 16;   // stages one block of that product adds up
+constexpr int kStepsPerSlice = 16;                      // stages one block of that product adds up
 constexpr int kBranchInputs = 16, kBranchOutputs = 32;  // the (i, o) tile of the other branches
 constexpr size_t kBranchTileBytes = 48 << 10, kBranchTileLimit = 80 << 10;
 

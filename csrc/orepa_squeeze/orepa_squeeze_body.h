@@ -106,7 +106,9 @@ Schedule<T, BackwardPlan<T>> schedule_backward(Workspace& space, const SqueezeLa
   using Plan = BackwardPlan<T>;
   return Schedule<T, Plan>(
       space, count, threads,
-      [&](int l) { return Plan(View<T>(layers[l]), GradView<T>(grads == nullptr ? SqueezeGrads{} : grads[l]), threads); },
+      [&](int l) {
+        return Plan(View<T>(layers[l]), GradView<T>(grads == nullptr ? SqueezeGrads{} : grads[l]), threads);
+      },
       [](const Job<Plan>& job, int step) -> int64_t {
         const Plan& p = job.plan;
         if (job.narrow) {
@@ -158,7 +160,8 @@ size_t backward_size(const SqueezeLayer* layers, int count, int threads) {
 }  // namespace
 
 size_t squeeze_forward_workspace(const SqueezeLayer* layers, int count, DType dtype, int threads) {
-  return dtype == DType::f64 ? forward_size<double>(layers, count, threads) : forward_size<float>(layers, count, threads);
+  return dtype == DType::f64 ? forward_size<double>(layers, count, threads)
+                             : forward_size<float>(layers, count, threads);
 }
 
 Status squeeze_forward(const SqueezeLayer* layers, void* const* out, int count, DType dtype, DType out_dtype,
@@ -172,7 +175,8 @@ Status squeeze_forward(const SqueezeLayer* layers, void* const* out, int count, 
 }
 
 size_t squeeze_backward_workspace(const SqueezeLayer* layers, int count, DType dtype, int threads) {
-  return dtype == DType::f64 ? backward_size<double>(layers, count, threads) : backward_size<float>(layers, count, threads);
+  return dtype == DType::f64 ? backward_size<double>(layers, count, threads)
+                             : backward_size<float>(layers, count, threads);
 }
 
 Status squeeze_backward(const SqueezeLayer* layers, const SqueezeGrads* grads, int count, DType dtype, void* workspace,

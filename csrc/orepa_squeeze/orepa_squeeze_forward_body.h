@@ -25,9 +25,9 @@ struct ForwardPlan {
 
   View<T> in;
   Panels<T> panels;
-  int64_t block;    // output channels that share a pass over the packed operands
-  T* reduce;        // [g][panel][Cm/g][lanes of the panel]
-  T* depthwise;     // [g][vector][e][K * K][W]
+  int64_t block;  // output channels that share a pass over the packed operands
+  T* reduce;      // [g][panel][Cm/g][lanes of the panel]
+  T* depthwise;   // [g][vector][e][K * K][W]
 
   ForwardPlan(const View<T>& view, int threads)
       : in(view), panels(view.cig), block(lesser(larger(kTilePositions / view.kk, 1), 18)) {
@@ -167,7 +167,8 @@ struct ForwardPlan {
     if (in.kk == 1) {
       flat = tile;
     } else {
-      for (int64_t v = 0; v < used; v += W) R::join(tile + v, width, lesser(W, used - v), in.kk, flat + v * in.kk, in.kk);
+      for (int64_t v = 0; v < used; v += W)
+        R::join(tile + v, width, lesser(W, used - v), in.kk, flat + v * in.kk, in.kk);
     }
     const T* origin = in.origin == nullptr ? nullptr : in.origin + start;
     R::add_and_store(out, start, out_dtype, flat, origin, in.scale(kOrigin, o), used * in.kk);

@@ -78,7 +78,7 @@ constexpr int kFilters = sizeof(T) == 4 ? 8 : 4;
 template <class T>
 constexpr int kFilterRow = kFilters<T> * kPiece + (kFilters<T> % 2 == 0);
 template <class T>
-constexpr size_t kForwardShared = kSharedBytes<T> > sizeof(T) * kTileM * (kRowC + kFilterRow<T>)
+constexpr size_t kForwardShared = kSharedBytes<T> > sizeof(T) * kTileM*(kRowC + kFilterRow<T>)
                                       ? kSharedBytes<T>
                                       : sizeof(T) * kTileM * (kRowC + kFilterRow<T>);
 
@@ -88,8 +88,12 @@ template <class T>
 class Separable {
  public:
   __device__ Separable(const ForwardLayer& layer, const Columns& columns, const Place& place, T* shared)
-      : layer_(layer), place_(place), chunk_(columns.chunk), rows_(min(kTileM, layer.ci_g - place.m0)),
-        staged_(shared + threadIdx.x % kTileM * kRowC), filters_(shared + kTileM * kRowC) {}
+      : layer_(layer),
+        place_(place),
+        chunk_(columns.chunk),
+        rows_(min(kTileM, layer.ci_g - place.m0)),
+        staged_(shared + threadIdx.x % kTileM * kRowC),
+        filters_(shared + kTileM * kRowC) {}
 
   // All threads of the block; they are past a barrier before and after.
   __device__ __forceinline__ void add() const {
@@ -99,7 +103,8 @@ class Separable {
         load(p0, positions, q0, count);
         __syncthreads();
         if (static_cast<int>(threadIdx.x) % kTileM < rows_) {
-          for (int c0 = threadIdx.x / kTileM; c0 < place_.channels; c0 += kSides * kChannels) multiply_add(c0, p0, positions, q0, count);
+          for (int c0 = threadIdx.x / kTileM; c0 < place_.channels; c0 += kSides * kChannels)
+            multiply_add(c0, p0, positions, q0, count);
         }
         __syncthreads();
       }
@@ -121,7 +126,8 @@ class Separable {
 
   __device__ __forceinline__ void multiply_add(int c0, int p0, int positions, int q0, int count) const {
     const int e = layer_.expansion, m = threadIdx.x % kTileM, o0 = place_.group * layer_.co_g + place_.o0 + c0;
-    const T* project = static_cast<const T*>(layer_.project) + (static_cast<int64_t>(o0) * layer_.ci_g + place_.m0 + m) * e + q0;
+    const T* project =
+        static_cast<const T*>(layer_.project) + (static_cast<int64_t>(o0) * layer_.ci_g + place_.m0 + m) * e + q0;
     T sum[kChannels][kPiece] = {};
     for (int q = 0; q < count; ++q) {
       T filter[kPiece];
@@ -158,7 +164,7 @@ class Separable {
 // kPositions: 9 when every layer is 3x3, else 0.
 template <class Tile, int kPositions>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<typename Tile::Scalar, kPositions>)
-squeeze_forward(const __grid_constant__ ForwardTable table) {
+    squeeze_forward(const __grid_constant__ ForwardTable table) {
   using T = typename Tile::Scalar;
   RK_DYN_SMEM(T, shared);
   int which = 0;
@@ -169,7 +175,8 @@ squeeze_forward(const __grid_constant__ ForwardTable table) {
 
   if (layer.expand != nullptr) {
     const int64_t kernel = static_cast<int64_t>(layer.co_g) * layer.cm_g * layer.kk;
-    const ColumnCopy<T, kPositions> right(static_cast<const T*>(layer.expand) + place.group * kernel, layer.cm_g, columns, place);
+    const ColumnCopy<T, kPositions> right(static_cast<const T*>(layer.expand) + place.group * kernel, layer.cm_g,
+                                          columns, place);
     const T* reduce = static_cast<const T*>(layer.reduce) + static_cast<int64_t>(place.group) * layer.cm_g * layer.ci_g;
     multiply<Tile, false>(shared, reduce, layer.cm_g, layer.ci_g, layer.aligned, right, layer.cm_g, place.m0);
   }

@@ -21,7 +21,7 @@ static_assert(sizeof(ExpandTable) <= 4096, "kernel parameters hold 4 KB");
 
 template <class Tile, int kPositions>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<typename Tile::Scalar, kPositions>)
-squeeze_grad_expand(const __grid_constant__ ExpandTable table) {
+    squeeze_grad_expand(const __grid_constant__ ExpandTable table) {
   using T = typename Tile::Scalar;
   RK_DYN_SMEM(T, shared);
   int which = 0;
@@ -30,7 +30,8 @@ squeeze_grad_expand(const __grid_constant__ ExpandTable table) {
   const Columns columns(kPositions != 0 ? kPositions : layer.kk);
   const Place place(blockIdx.x - layer.first_tile, layer.cm_g, layer.co_g, columns);
 
-  const T* grad = static_cast<const T*>(layer.grad) + static_cast<int64_t>(place.group) * layer.co_g * layer.ci_g * layer.kk;
+  const T* grad =
+      static_cast<const T*>(layer.grad) + static_cast<int64_t>(place.group) * layer.co_g * layer.ci_g * layer.kk;
   const ColumnCopy<T, kPositions> right(grad, layer.ci_g, columns, place);
   const T* reduce = static_cast<const T*>(layer.reduce) + static_cast<int64_t>(place.group) * layer.cm_g * layer.ci_g;
   multiply<Tile, true>(shared, reduce, layer.cm_g, layer.ci_g, layer.aligned, right, layer.ci_g, place.m0);

@@ -26,12 +26,19 @@ constexpr int kReduceStage = reduce_depth(sizeof(T)) * (kRowM + kRowN + 1);
 template <class T>
 constexpr size_t kReduceSharedBytes = sizeof(T) * kReduceStages * kReduceStage<T>;
 
-// Copies [o][c][position], c in [c0, c0 + kCount), to rows (o, position) of kRow elements; zeros where there is nothing.
+// Copies [o][c][position], c in [c0, c0 + kCount), to rows (o, position) of kRow elements; zeros where there is
+// nothing.
 template <class T, int kCount, int kRow, int kPositions>
 class RowCopy {
  public:
   __device__ RowCopy(const T* from, int count, int c0, int kk, const DepthSteps& steps)
-      : from_(from), count_(count), c0_(c0), kk_(kk), steps_(steps), by_chunk_(steps.chunk), by_channel_(steps.chunk * kCount) {}
+      : from_(from),
+        count_(count),
+        c0_(c0),
+        kk_(kk),
+        steps_(steps),
+        by_chunk_(steps.chunk),
+        by_channel_(steps.chunk * kCount) {}
 
   // Channels [o0, o0 + steps.channels) below `co_g`, positions from p0.
   __device__ __forceinline__ void load(T* to, int o0, int co_g, int p0) const {
@@ -56,7 +63,8 @@ class RowCopy {
 template <class T, int kCount, int kRow>
 class RowCopy<T, kCount, kRow, 9> {
  public:
-  __device__ RowCopy(const T* from, int count, int c0, int, const DepthSteps&) : channel_(count * 9), left_((count - c0) * 9) {
+  __device__ RowCopy(const T* from, int count, int c0, int, const DepthSteps&)
+      : channel_(count * 9), left_((count - c0) * 9) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     from_ = from + static_cast<int64_t>(warp) * channel_ + c0 * 9 + lane;
 #pragma unroll
@@ -87,7 +95,7 @@ class RowCopy<T, kCount, kRow, 9> {
 
 template <class Tile, int kPositions>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<typename Tile::Scalar, kPositions>)
-squeeze_grad_reduce(const __grid_constant__ ReduceTable table) {
+    squeeze_grad_reduce(const __grid_constant__ ReduceTable table) {
   using T = typename Tile::Scalar;
   RK_DYN_SMEM(T, shared);
   int which = 0;

@@ -38,7 +38,8 @@ struct Narrow {
   // The kernel of output channel `o`, [Ci/g, K, K], into `row`.
   static void forward_row(const View<T>& in, int64_t o, T* row) {
     const int64_t g = in.group_of(o), kk = in.kk;
-    const T s_origin = in.scale(kOrigin, o), s_avg = in.scale(kAvg, o) / static_cast<T>(kk), s_prior = in.scale(kPrior, o);
+    const T s_origin = in.scale(kOrigin, o), s_avg = in.scale(kAvg, o) / static_cast<T>(kk),
+            s_prior = in.scale(kPrior, o);
     const Reg s_expand = V::set1(in.scale(kExpand, o)), s_project = V::set1(in.scale(kProject, o));
     for (int64_t i = 0; i < in.cig; ++i) {
       const int64_t at = o * in.cig + i;
@@ -48,7 +49,8 @@ struct Narrow {
         if (in.expand != nullptr) sum = V::fma(s_expand, reduced(in, g, o, i, j, n), sum);
         if (in.project != nullptr) sum = V::fma(s_project, projected(in, g, o, i, j, n), sum);
         if (in.avg != nullptr) sum = V::add(V::set1(s_avg * in.avg[at]), sum);
-        if (in.prior != nullptr) sum = V::fma(V::set1(s_prior * in.prior[at]), V::load_n(in.filter + o * kk + j, n), sum);
+        if (in.prior != nullptr)
+          sum = V::fma(V::set1(s_prior * in.prior[at]), V::load_n(in.filter + o * kk + j, n), sum);
         if (in.origin != nullptr) sum = V::fma(V::set1(s_origin), V::load_n(in.origin + at * kk + j, n), sum);
         V::store_n(row + i * kk + j, sum, n);
       }
@@ -72,7 +74,8 @@ struct Narrow {
     const int64_t g = in.group_of(o), kk = in.kk, size = in.cig * kk;
     const T* grad = to.out + o * size;
     if (in.origin != nullptr)
-      to.set_scale(kOrigin, o, R::scale_dot(to.origin + o * size, grad, in.origin + o * size, in.scale(kOrigin, o), size));
+      to.set_scale(kOrigin, o,
+                   R::scale_dot(to.origin + o * size, grad, in.origin + o * size, in.scale(kOrigin, o), size));
     T d_avg = 0, d_prior = 0, d_pointwise = 0, d_project = 0;
     for (int64_t i = 0; i < in.cig; ++i, grad += kk) {
       const int64_t at = o * in.cig + i;

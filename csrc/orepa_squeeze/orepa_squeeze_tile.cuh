@@ -8,8 +8,8 @@
 namespace repkern {
 namespace squeeze {
 
-constexpr int kDepth = 2 * kSlab;        // depth of one stage
-constexpr int kRowK = kDepth + 4;        // a row of the [m][k] operand: 8 rows x 4 columns in 32 different banks
+constexpr int kDepth = 2 * kSlab;  // depth of one stage
+constexpr int kRowK = kDepth + 4;  // a row of the [m][k] operand: 8 rows x 4 columns in 32 different banks
 
 template <class T>
 constexpr int kStages = sizeof(T) == 4 ? 3 : 2;
@@ -19,8 +19,8 @@ template <class T>
 constexpr size_t kSharedBytes =
     sizeof(T) * (kStages<T> * kStageElements<T> > kTileM * kRowC ? kStages<T> * kStageElements<T> : kTileM * kRowC);
 
-// Blocks that shall fit on one multiprocessor; python_tests/cuda/registers.csv holds the registers this leaves each thread.
-// sm_120 has less than half the shared memory of the others, so that its registers are not what limits it.
+// Blocks that shall fit on one multiprocessor; python_tests/cuda/registers.csv holds the registers this leaves each
+// thread. sm_120 has less than half the shared memory of the others, so that its registers are not what limits it.
 template <class T, int kPositions>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kBlocksPerSm = 2;
@@ -66,7 +66,12 @@ template <class T, int kPositions>
 class ColumnCopy {
  public:
   __device__ ColumnCopy(const T* from, int depth, const Columns& columns, const Place& place)
-      : from_(from), depth_(depth), columns_(columns), place_(place), by_chunk_(columns.chunk), by_channel_(columns.chunk * kDepth) {}
+      : from_(from),
+        depth_(depth),
+        columns_(columns),
+        place_(place),
+        by_chunk_(columns.chunk),
+        by_channel_(columns.chunk * kDepth) {}
 
   // Stage `stage` of the depth, into `to`.
   __device__ __forceinline__ void load(T* to, int stage) const {
@@ -120,7 +125,8 @@ class ColumnCopy<T, 9> {
   }
 
  private:
-  static constexpr int kRun = kDepth * 9, kPieces = ceil_div(kRun, 32), kWarps = kTileThreads / 32, kChannels = kTileN / 9;
+  static constexpr int kRun = kDepth * 9, kPieces = ceil_div(kRun, 32), kWarps = kTileThreads / 32,
+                       kChannels = kTileN / 9;
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 
   const T* from_;
@@ -131,7 +137,8 @@ class ColumnCopy<T, 9> {
 // Copies rows [row0, row0 + kRows) x columns [column0, column0 + kColumns) of a matrix [rows][columns] to rows of
 // `kRow` elements in shared memory; zeros outside. 16 bytes at once when the caller knows that all is aligned.
 template <class T, int kRows, int kColumns, int kRow>
-__device__ __forceinline__ void copy_matrix(T* to, const T* from, int rows, int columns, int row0, int column0, bool aligned) {
+__device__ __forceinline__ void copy_matrix(T* to, const T* from, int rows, int columns, int row0, int column0,
+                                            bool aligned) {
   constexpr int kVector = 16 / sizeof(T);
   if (aligned) {
     constexpr int kPerRow = kColumns / kVector;
@@ -156,8 +163,7 @@ __device__ __forceinline__ void copy_matrix(T* to, const T* from, int rows, int 
 // kTransposed: false: reduce[k][m]; true: reduce[m][k]. `rows` and `columns` are those of the matrix in memory.
 template <class Tile, bool kTransposed, class Right>
 __device__ __forceinline__ void multiply(typename Tile::Scalar* shared, const typename Tile::Scalar* reduce, int rows,
-                                         int columns, bool aligned, const Right& right,
-                                         int depth, int m0) {
+                                         int columns, bool aligned, const Right& right, int depth, int m0) {
   using T = typename Tile::Scalar;
   constexpr int kLeft = kStageElements<T> - kDepth * kRowN;
   auto load = [&](T* stage, int step) {

@@ -13,8 +13,8 @@ enum Branch { kOrigin, kAvg, kPrior, kExpand, kPointwise, kProject };
 
 template <class T>
 struct View {
-  int64_t co, groups, kk, e;   // kk = K * K
-  int64_t cog, cig, cmg;       // channels of one group
+  int64_t co, groups, kk, e;  // kk = K * K
+  int64_t cog, cig, cmg;      // channels of one group
   bool identity;
   const T* origin;
   const T* avg;
@@ -28,12 +28,22 @@ struct View {
   const T* scales[kSqueezeBranches];
 
   explicit View(const SqueezeLayer& layer)
-      : co(layer.co), groups(layer.groups), kk(layer.k * layer.k), e(layer.expansion), cog(layer.co / layer.groups),
-        cig(layer.ci / layer.groups), cmg(layer.cm / layer.groups), identity(layer.identity_reduce != 0),
-        origin(static_cast<const T*>(layer.origin)), avg(static_cast<const T*>(layer.avg)),
-        prior(static_cast<const T*>(layer.prior)), pointwise(static_cast<const T*>(layer.pointwise)),
-        reduce(static_cast<const T*>(layer.reduce)), expand(static_cast<const T*>(layer.expand)),
-        depthwise(static_cast<const T*>(layer.depthwise)), project(static_cast<const T*>(layer.project)),
+      : co(layer.co),
+        groups(layer.groups),
+        kk(layer.k * layer.k),
+        e(layer.expansion),
+        cog(layer.co / layer.groups),
+        cig(layer.ci / layer.groups),
+        cmg(layer.cm / layer.groups),
+        identity(layer.identity_reduce != 0),
+        origin(static_cast<const T*>(layer.origin)),
+        avg(static_cast<const T*>(layer.avg)),
+        prior(static_cast<const T*>(layer.prior)),
+        pointwise(static_cast<const T*>(layer.pointwise)),
+        reduce(static_cast<const T*>(layer.reduce)),
+        expand(static_cast<const T*>(layer.expand)),
+        depthwise(static_cast<const T*>(layer.depthwise)),
+        project(static_cast<const T*>(layer.project)),
         filter(static_cast<const T*>(layer.prior_filter)) {
     for (int b = 0; b < kSqueezeBranches; ++b) scales[b] = static_cast<const T*>(layer.scale[b]);
   }
@@ -61,10 +71,14 @@ struct GradView {
   T* scales[kSqueezeBranches];
 
   explicit GradView(const SqueezeGrads& grads)
-      : out(static_cast<const T*>(grads.grad_out)), origin(static_cast<T*>(grads.origin)),
-        avg(static_cast<T*>(grads.avg)), prior(static_cast<T*>(grads.prior)),
-        pointwise(static_cast<T*>(grads.pointwise)), reduce(static_cast<T*>(grads.reduce)),
-        expand(static_cast<T*>(grads.expand)), depthwise(static_cast<T*>(grads.depthwise)),
+      : out(static_cast<const T*>(grads.grad_out)),
+        origin(static_cast<T*>(grads.origin)),
+        avg(static_cast<T*>(grads.avg)),
+        prior(static_cast<T*>(grads.prior)),
+        pointwise(static_cast<T*>(grads.pointwise)),
+        reduce(static_cast<T*>(grads.reduce)),
+        expand(static_cast<T*>(grads.expand)),
+        depthwise(static_cast<T*>(grads.depthwise)),
         project(static_cast<T*>(grads.project)) {
     for (int b = 0; b < kSqueezeBranches; ++b) scales[b] = static_cast<T*>(grads.scale[b]);
   }

@@ -42,8 +42,8 @@ template <class... Parameters, class... Arguments>
 Status launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
               Arguments&&... arguments) {
   if (shared > kSharedWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return status_of(error);
   }
   cudaLaunchConfig_t config{};

@@ -22,9 +22,12 @@ Status with_tile(DType dtype, int math, Call call) {
   if (dtype == DType::f64) return call(FmaTile<double>());
   if (dtype != DType::f32) return "the parameters must be float32 or float64";
   switch (choose_math(math)) {
-    case Math::tf32: return call(TensorTile<false>());
-    case Math::fma: return call(FmaTile<float>());
-    default: return call(TensorTile<true>());
+    case Math::tf32:
+      return call(TensorTile<false>());
+    case Math::fma:
+      return call(FmaTile<float>());
+    default:
+      return call(TensorTile<true>());
   }
 }
 

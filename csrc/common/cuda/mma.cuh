@@ -26,7 +26,9 @@ struct Fragments {
 
 // The unit ignores the 13 lowest bits of a TF32 operand: an operand that was not rounded is cut off.
 inline float tf32_operand(uint32_t bits) { return simt::bits<float>(bits & 0xFFFFE000u); }
-inline float bf16_operand(uint32_t pair, int half) { return simt::float_of_bfloat16(static_cast<uint16_t>(pair >> (16 * half))); }
+inline float bf16_operand(uint32_t pair, int half) {
+  return simt::float_of_bfloat16(static_cast<uint16_t>(pair >> (16 * half)));
+}
 
 // d[row][column] of this lane's four outputs; product(a registers of a lane, b registers of a lane) adds up 1/4 of K.
 template <class Product>
@@ -54,8 +56,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Pl
 // a = (g,t) (g+8,t) (g,t+4) (g+8,t+4); b = (t,g) (t+4,g); d = (g,2t) (g,2t+1) (g+8,2t) (g+8,2t+1).
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -69,16 +70,16 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 // a = (g,2t..) (g+8,2t..) (g,2t+8..) (g+8,2t+8..); b = (2t..,g) (2t+8..,g); d as above.
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  emulated::mma(d, a, b, SIMT_PLACE("mma_m16n8k16_bf16"), [](float& sum, const uint32_t* rows, const uint32_t* columns) {
-    for (int i = 0; i < 2; ++i)
-      for (int half = 0; half < 2; ++half)
-        sum += emulated::bf16_operand(rows[2 * i], half) * emulated::bf16_operand(columns[i], half);
-  });
+  emulated::mma(d, a, b, SIMT_PLACE("mma_m16n8k16_bf16"),
+                [](float& sum, const uint32_t* rows, const uint32_t* columns) {
+                  for (int i = 0; i < 2; ++i)
+                    for (int half = 0; half < 2; ++half)
+                      sum += emulated::bf16_operand(rows[2 * i], half) * emulated::bf16_operand(columns[i], half);
+                });
 #endif
 }
 

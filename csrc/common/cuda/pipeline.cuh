@@ -5,10 +5,11 @@
 
 namespace repkern {
 
-// load(stage, step): issues the copies of a step. a(stage, m, k), b(stage, k, n): the operands of a step, k in [0, kDepth).
-// Ends with all threads past a barrier and the shared memory free for something else.
+// load(stage, step): issues the copies of a step. a(stage, m, k), b(stage, k, n): the operands of a step, k in [0,
+// kDepth). Ends with all threads past a barrier and the shared memory free for something else.
 template <int kStages, int kStageElements, int kDepth, class Tile, class Load, class A, class B>
-__device__ __forceinline__ void run_pipeline(Tile& tile, typename Tile::Scalar* shared, int steps, Load load, A a, B b) {
+__device__ __forceinline__ void run_pipeline(Tile& tile, typename Tile::Scalar* shared, int steps, Load load, A a,
+                                             B b) {
   using T = typename Tile::Scalar;
   tile.clear();
 #pragma unroll

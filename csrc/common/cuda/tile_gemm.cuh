@@ -6,13 +6,13 @@
 namespace repkern {
 
 constexpr int kTileM = 64, kTileN = 128, kTileThreads = 128;
-constexpr int kSlab = 8;             // the depth one step of a tile takes
-constexpr int kRowM = kTileM + 8;    // row lengths in shared memory: 8 banks from row to row, so that the
-constexpr int kRowN = kTileN + 8;    //   8 x 4 elements of a fragment lie in 32 different banks
-constexpr int kRowC = kTileN + 9;    // the staged result; 9 positions of a 3x3 kernel continue in the next row
+constexpr int kSlab = 8;           // the depth one step of a tile takes
+constexpr int kRowM = kTileM + 8;  // row lengths in shared memory: 8 banks from row to row, so that the
+constexpr int kRowN = kTileN + 8;  //   8 x 4 elements of a fragment lie in 32 different banks
+constexpr int kRowC = kTileN + 9;  // the staged result; 9 positions of a 3x3 kernel continue in the next row
 
-// x = high + low + error, |error| <= 2^-23 |x|. `low` is left to be cut to TF32 by the tensor core: exactly one bit is lost.
-// An infinite x has no finite remainder: products with it are NaN, where multiply-adds would give an infinity.
+// x = high + low + error, |error| <= 2^-23 |x|. `low` is left to be cut to TF32 by the tensor core: exactly one bit is
+// lost. An infinite x has no finite remainder: products with it are NaN, where multiply-adds would give an infinity.
 struct SplitTf32 {
   uint32_t high, low;
 };

@@ -15,7 +15,7 @@ struct Vec<float> {
   using Scalar = float;
   using Reg = __m256;
   static constexpr int width = 8;
-  static constexpr int panel = 4;    // most vectors in a panel
+  static constexpr int panel = 4;  // most vectors in a panel
   // of a micro-tile whose panel is that wide: 12 sums stay in registers
   static constexpr int columns(int vectors) { return vectors == 1 ? 9 : 12 / vectors; }
   static constexpr int lane_rows = 2, lane_columns = 5;  // of a lane product
@@ -87,7 +87,8 @@ struct Quads<float> {
   static void split(const float* flat, int64_t row, float* to, int64_t stride) {
     __m256 v[4];
     for (int j = 0; j < 4; ++j)
-      v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(flat + j * row)), _mm_loadu_ps(flat + (4 + j) * row), 1);
+      v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(flat + j * row)),
+                                  _mm_loadu_ps(flat + (4 + j) * row), 1);
     transpose(v);
     for (int j = 0; j < 4; ++j) _mm256_storeu_ps(to + j * stride, v[j]);
   }

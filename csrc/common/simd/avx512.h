@@ -15,8 +15,8 @@ struct Vec<float> {
   using Scalar = float;
   using Reg = __m512;
   static constexpr int width = 16;
-  static constexpr int panel = 3;    // most vectors in a panel
-  static constexpr int columns(int) { return 9; }  // of a micro-tile whose panel is that wide
+  static constexpr int panel = 3;                        // most vectors in a panel
+  static constexpr int columns(int) { return 9; }        // of a micro-tile whose panel is that wide
   static constexpr int lane_rows = 3, lane_columns = 9;  // of a lane product
 
   static __mmask16 mask(int64_t n) { return n < width ? static_cast<__mmask16>((1u << n) - 1) : __mmask16(0xffff); }

@@ -12,9 +12,9 @@ struct Vec {
   using Scalar = T;
   typedef T Reg __attribute__((vector_size(16)));
   static constexpr int width = 16 / sizeof(T);
-  static constexpr int panel = 2;    // most vectors in a panel
+  static constexpr int panel = 2;                                             // most vectors in a panel
   static constexpr int columns(int vectors) { return vectors == 1 ? 9 : 5; }  // of a micro-tile that wide
-  static constexpr int lane_rows = 2, lane_columns = 4;  // of a lane product
+  static constexpr int lane_rows = 2, lane_columns = 4;                       // of a lane product
 
   static Reg zero() { return Reg{}; }
   static Reg set1(T x) { return Reg{} + x; }
