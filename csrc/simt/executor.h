@@ -100,7 +100,8 @@ inline void block_barrier(Place place) { wait(State::at_block, 0, place); }
 
 inline void warp_barrier(unsigned mask, Place place) {
   if ((mask >> (current->linear % kWarp) & 1) == 0) {
-    fail(name_of(*current) + " is not in the mask of its own " + place.what + " at " + place.file + ":" + std::to_string(place.line));
+    fail(name_of(*current) + " is not in the mask of its own " + place.what + " at " + place.file + ":" +
+         std::to_string(place.line));
   }
   wait(State::at_warp, mask, place);
 }
@@ -164,8 +165,8 @@ inline void release_block() {
   }
   if (waiting == nullptr) return;
   if (other != nullptr) {
-    fail("divergent barrier: " + name_of(*waiting) + " waits in " + place_of(*waiting) + ", " + name_of(*other) + " in " +
-         place_of(*other));
+    fail("divergent barrier: " + name_of(*waiting) + " waits in " + place_of(*waiting) + ", " + name_of(*other) +
+         " in " + place_of(*other));
   } else if (finished != nullptr) {
     fail(name_of(*finished) + " returned (last seen in " + place_of(*finished) + ") while " + name_of(*waiting) +
          " waits in " + place_of(*waiting));
@@ -188,7 +189,8 @@ inline void arrange(std::vector<unsigned>& order) {
   const unsigned count = static_cast<unsigned>(order.size());
   switch (launch_state.order) {
     case Order::forward:
-    case Order::reverse: return;
+    case Order::reverse:
+      return;
     default:
       for (unsigned i = count; i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
   }
@@ -241,7 +243,8 @@ inline Order order_from_environment() {
 
 inline std::string check_shape(dim3 grid, dim3 block, size_t shared) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads) return "a block must have 1 to 1024 threads, got " + std::to_string(threads);
+  if (threads == 0 || threads > kMaxThreads)
+    return "a block must have 1 to 1024 threads, got " + std::to_string(threads);
   if (uint64_t(grid.x) * grid.y * grid.z == 0) return "the grid is empty";
   if (grid.y > 65535 || grid.z > 65535) return "grid.y and grid.z must be at most 65535";
   if (shared > kMaxShared) return "a block gets at most 101376 bytes of shared memory, asked " + std::to_string(shared);

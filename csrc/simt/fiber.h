@@ -68,7 +68,9 @@ class Stack {
   ~Stack() {
     if (base_ != nullptr) munmap(base_, mapped_);
   }
-  Stack(Stack&& other) noexcept : base_(other.base_), bottom_(other.bottom_), mapped_(other.mapped_) { other.base_ = nullptr; }
+  Stack(Stack&& other) noexcept : base_(other.base_), bottom_(other.bottom_), mapped_(other.mapped_) {
+    other.base_ = nullptr;
+  }
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
 

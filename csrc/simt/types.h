@@ -12,14 +12,10 @@ struct dim3 {
   constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
 
-#define SIMT_VECTOR_TYPES(type, name)                                                                  \
-  struct alignas(2 * sizeof(type)) name##2 {                                                           \
-    type x, y;                                                                                         \
-  };                                                                                                   \
-  struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name##4 {                               \
-    type x, y, z, w;                                                                                   \
-  };                                                                                                   \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                     \
+#define SIMT_VECTOR_TYPES(type, name)                                                         \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                    \
+  struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name##4 { type x, y, z, w; }; \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SIMT_VECTOR_TYPES(float, float)
 SIMT_VECTOR_TYPES(double, double)
@@ -50,7 +46,7 @@ inline uint16_t half_of(float value) {
   const uint32_t u = bits<uint32_t>(value), sign = (u >> 16) & 0x8000, magnitude = u & 0x7FFFFFFF;
   if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
   if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // rounds to 65536 or more
-  if (magnitude < 0x38800000) {                                             // below 2^-14: subnormal, steps of 2^-24
+  if (magnitude < 0x38800000) {                                              // below 2^-14: subnormal, steps of 2^-24
     const float scaled = bits<float>(magnitude) * 16777216.0f;
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(scaled)));
   }
@@ -59,7 +55,8 @@ inline uint16_t half_of(float value) {
 }
 
 inline float float_of_half(uint16_t value) {
-  const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16, exponent = (value >> 10) & 31, fraction = value & 0x3FF;
+  const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16, exponent = (value >> 10) & 31,
+                 fraction = value & 0x3FF;
   if (exponent == 31) return bits<float>(sign | 0x7F800000 | fraction << 13);
   if (exponent == 0) return bits<float>(sign | bits<uint32_t>(static_cast<float>(fraction) / 16777216.0f));
   return bits<float>(sign | (exponent + 112) << 23 | fraction << 13);

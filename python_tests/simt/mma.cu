@@ -73,7 +73,8 @@ double check(Kernel kernel, int depth) {
 int wrong_conversions() {
   int wrong = 0;
   for (uint32_t bits = 0; bits < 65536; ++bits) {
-    const float half = simt::float_of_half(static_cast<uint16_t>(bits)), brain = simt::float_of_bfloat16(static_cast<uint16_t>(bits));
+    const float half = simt::float_of_half(static_cast<uint16_t>(bits)),
+                brain = simt::float_of_bfloat16(static_cast<uint16_t>(bits));
     wrong += half == half ? simt::half_of(half) != bits : simt::half_of(half) % 0x8000 <= 0x7C00;
     wrong += brain == brain ? simt::bfloat16_of(brain) != bits : simt::bfloat16_of(brain) % 0x8000 <= 0x7F80;
   }
@@ -83,5 +84,6 @@ int wrong_conversions() {
 }  // namespace
 
 int main() {
-  std::printf("tf32 %.3g bf16 %.3g conversions %d\n", check(multiply_tf32, 8), check(multiply_bf16, 16), wrong_conversions());
+  std::printf("tf32 %.3g bf16 %.3g conversions %d\n", check(multiply_tf32, 8), check(multiply_bf16, 16),
+              wrong_conversions());
 }

@@ -25,9 +25,9 @@ enum Mistake {
   exited_lane,
   divergent_shuffle
 };
-const char* const kNames[] = {"correct",        "missing_barrier", "missing_syncwarp",  "missing_wait",
-                              "unwritten_shared", "shared_overrun",  "global_overrun",    "divergent_barrier",
-                              "exited_thread",  "exited_lane",     "divergent_shuffle"};
+const char* const kNames[] = {"correct",          "missing_barrier", "missing_syncwarp", "missing_wait",
+                              "unwritten_shared", "shared_overrun",  "global_overrun",   "divergent_barrier",
+                              "exited_thread",    "exited_lane",     "divergent_shuffle"};
 
 // out[block][i] = sum over the warp of the block's values reversed, plus the neighbour's value.
 __global__ void reverse_and_sum(const float* in, float* out, int mistake) {
