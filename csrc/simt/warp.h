@@ -74,6 +74,11 @@ T atomic(T* at, F f) {
 }
 
 inline void copy_async(void* to, const void* from, unsigned bytes, unsigned valid) {
+  const auto is_aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if (!is_aligned(to) || (valid != 0 && !is_aligned(from))) {
+    fail(name_of(*current) + " copies " + std::to_string(bytes) +
+         " bytes to or from an address that is not aligned to them");
+  }
   current->copies.back().push_back({to, from, bytes, valid});
 }
 inline void copy_commit() { current->copies.emplace_back(); }

@@ -17,6 +17,7 @@ enum Mistake {
   missing_barrier,
   missing_syncwarp,
   missing_wait,
+  misaligned_copy,
   unwritten_shared,
   shared_overrun,
   global_overrun,
@@ -25,9 +26,9 @@ enum Mistake {
   exited_lane,
   divergent_shuffle
 };
-const char* const kNames[] = {"correct",          "missing_barrier", "missing_syncwarp", "missing_wait",
-                              "unwritten_shared", "shared_overrun",  "global_overrun",   "divergent_barrier",
-                              "exited_thread",    "exited_lane",     "divergent_shuffle"};
+const char* const kNames[] = {"correct",           "missing_barrier",  "missing_syncwarp", "missing_wait",
+                              "misaligned_copy",   "unwritten_shared", "shared_overrun",   "global_overrun",
+                              "divergent_barrier", "exited_thread",    "exited_lane",      "divergent_shuffle"};
 
 // out[block][i] = sum over the warp of the block's values reversed, plus the neighbour's value.
 __global__ void reverse_and_sum(const float* in, float* out, int mistake) {
@@ -37,6 +38,7 @@ __global__ void reverse_and_sum(const float* in, float* out, int mistake) {
   float* neighbours = shared + kThreads;
 
   repkern::copy_async<4>(neighbours + i, mine + i, true);
+  if (mistake == misaligned_copy && i == 3) repkern::copy_async<8>(neighbours + i, mine + i, true);
   repkern::copy_commit();
   if (mistake != missing_wait) repkern::copy_wait<0>();
   if (!(mistake == unwritten_shared && i == 7)) shared[i + (mistake == shared_overrun ? kThreads + 1 : 0)] = mine[i];

@@ -38,14 +38,22 @@ inline Status status_of(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
+// More than 48 KB must be asked for; and several blocks of a size only fit if the driver gives the L1 cache up to them.
+inline Status ask_for_shared(const void* kernel, size_t shared) {
+  if (shared > kSharedWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return status_of(error);
+  }
+  if (shared <= kSharedWithoutAsking / 2) return nullptr;
+  return status_of(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
+
 template <class... Parameters, class... Arguments>
 Status launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
               Arguments&&... arguments) {
-  if (shared > kSharedWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return status_of(error);
-  }
+  if (Status problem = ask_for_shared(reinterpret_cast<const void*>(kernel), shared)) return problem;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
