@@ -55,16 +55,17 @@ class Op:
     """One row of the op table.
 
     `check` raises ValueError or TypeError for anything that must not reach a kernel; it runs before every backend
-    and in the fake implementation. `implementation(backend)` is the function `name` in repkern/ops/<stem>/<module>.py.
+    and in the fake implementation. What it returns (a plan worked out from the shapes, or None) goes to the native
+    implementation. `implementation(backend)` is the function `name` in repkern/ops/<stem>/<module>.py.
     """
 
     stem: str
     name: str
     overload: Any
-    check: Callable[..., None]
+    check: Callable[..., Any]
 
     def implementation(self, backend: str) -> Callable[..., Any]:
-        """The function that runs this op on `backend`, with the arguments of the schema."""
+        """The function that runs this op on `backend`: (*args) as in the schema, for native ones (plan, *args)."""
         key = (self.name, backend)
         if key not in _implementations:
             module = importlib.import_module(f"repkern.ops.{self.stem}.{_MODULE_OF[backend]}")
@@ -102,7 +103,7 @@ def define_op(
     name: str,
     schema: str,
     *,
-    check: Callable[..., None],
+    check: Callable[..., Any],
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
@@ -117,9 +118,10 @@ def define_op(
     OPS[name] = op
 
     def run(*args: Any) -> Any:
-        check(*args)
-        device = _first_tensor(args).device.type
-        return op.implementation(_select.choose(name, device))(*args)
+        plan = check(*args)
+        backend = _select.choose(name, _first_tensor(args).device.type)
+        implementation = op.implementation(backend)
+        return implementation(plan, *args) if _MODULE_OF[backend] == "native" else implementation(*args)
 
     def run_fake(*args: Any) -> Any:
         check(*args)

@@ -12,7 +12,7 @@ from repkern.ops._library import Native
 __all__ = ["compose_sequential", "compose_sequential_backward"]
 
 
-def compose_sequential(native: Native, first: Tensor, second: Tensor, groups: int) -> Tensor:
+def compose_sequential(native: Native, plan: None, first: Tensor, second: Tensor, groups: int) -> Tensor:
     """[Co, Ci/g, K, K] with K = K1 + K2 - 1."""
     first, second = first.contiguous(), second.contiguous()
     size = first.shape[-1] + second.shape[-1] - 1
@@ -22,7 +22,7 @@ def compose_sequential(native: Native, first: Tensor, second: Tensor, groups: in
 
 
 def compose_sequential_backward(
-    native: Native, grad: Tensor, first: Tensor, second: Tensor, groups: int
+    native: Native, plan: None, grad: Tensor, first: Tensor, second: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `first` and `second`."""
     first, second = first.contiguous(), second.contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 from repkern.ops import _check
 from repkern.ops._library import define_op
 from repkern.ops.orepa_squeeze.layers import OP, SqueezeBranches, kernel_shape, pack
-from repkern.ops.orepa_squeeze.plan import plan_of
+from repkern.ops.orepa_squeeze.plan import Plan, differentiable, plan_of
 
 __all__ = ["SqueezeBranches", "orepa_squeeze", "orepa_squeeze_many"]
 
@@ -20,14 +20,15 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def _check_forward(
     tensors: Sequence[Tensor], layout: Sequence[int], out_dtype: torch.dtype | None, channels_last: bool
-) -> None:
-    plan_of(tensors, layout)
+) -> Plan:
     if out_dtype is not None:
         _check.require_floating(OP, out_dtype)
+    return plan_of(tensors, layout)
 
 
-def _check_backward(grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]) -> None:
-    layers = plan_of(tensors, layout).layers
+def _check_backward(grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]) -> Plan:
+    plan = plan_of(tensors, layout)
+    layers = plan.layers
     if len(grads) != len(layers):
         raise ValueError(f"{OP}: {len(layers)} gradients are needed, one a layer, got {len(grads)}")
     for grad, layer in zip(grads, layers, strict=True):
@@ -35,6 +36,7 @@ def _check_backward(grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: 
         _check.require_floating(OP, grad.dtype)
         if grad.device != tensors[0].device:
             raise ValueError(f"{OP}: `grad` is on {grad.device} but the parameters are on {tensors[0].device}")
+    return plan
 
 
 def _fake_forward(
@@ -49,7 +51,7 @@ def _fake_forward(
 
 
 def _fake_backward(grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
-    wanted = zip(tensors, plan_of(tensors, layout).differentiable, strict=True)
+    wanted = zip(tensors, differentiable(layout), strict=True)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, needed in wanted if needed]
 
 
@@ -67,8 +69,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
     ]
     gradients = iter(squeeze_many_backward(filled, tensors, ctx.layout))
-    wanted = plan_of(tensors, ctx.layout).differentiable
-    return [next(gradients) if needed else None for needed in wanted], None, None, None
+    return [next(gradients) if needed else None for needed in differentiable(ctx.layout)], None, None, None
 
 
 squeeze_many = define_op(

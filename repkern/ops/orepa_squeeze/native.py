@@ -10,13 +10,14 @@ from torch import Tensor
 from repkern.ops import _check
 from repkern.ops._check import DTYPE_CODE
 from repkern.ops._library import Native
-from repkern.ops.orepa_squeeze.plan import LayerPlan, Plan, plan_of
+from repkern.ops.orepa_squeeze.plan import LayerPlan, Plan
 
 __all__ = ["orepa_squeeze_many", "orepa_squeeze_many_backward"]
 
 
 def orepa_squeeze_many(
     native: Native,
+    plan: Plan,
     tensors: Sequence[Tensor],
     layout: Sequence[int],
     out_dtype: torch.dtype | None,
@@ -24,7 +25,6 @@ def orepa_squeeze_many(
 ) -> list[Tensor]:
     """Every layer's kernel, [Co, Ci/g, K, K], written by one call."""
     tensors = [t.contiguous() for t in tensors]
-    plan = plan_of(tensors, layout)
     dtype, device = tensors[0].dtype, tensors[0].device
     out_dtype = out_dtype or dtype
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -35,11 +35,10 @@ def orepa_squeeze_many(
 
 
 def orepa_squeeze_many_backward(
-    native: Native, grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]
+    native: Native, plan: Plan, grads: Sequence[Tensor], tensors: Sequence[Tensor], layout: Sequence[int]
 ) -> list[Tensor]:
     """The gradient of every tensor but the prior filters, written by one call."""
     tensors = [t.contiguous() for t in tensors]
-    plan = plan_of(tensors, layout)
     dtype, device = tensors[0].dtype, tensors[0].device
     grads = [grad.to(dtype).contiguous() for grad in grads]
     made = [

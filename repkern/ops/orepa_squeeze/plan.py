@@ -12,9 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repkern.ops.orepa_squeeze.layers import GRADIENT_FIELDS, SqueezeBranches, check_layers, kernel_shape
+from repkern.ops.orepa_squeeze.layers import (
+    GRADIENT_FIELDS,
+    INTS_PER_LAYER,
+    SqueezeBranches,
+    check_layers,
+    kernel_shape,
+)
 
-__all__ = ["LayerPlan", "Plan", "plan_of"]
+__all__ = ["LayerPlan", "Plan", "differentiable", "plan_of"]
 
 _MOST_PLANS = 4096  # a model has one per call; more than this means shapes that never return
 
@@ -32,10 +38,18 @@ class LayerPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All layers of a call; `differentiable` says which of its tensors get a gradient (all but the prior filters)."""
+    """All layers of a call, and which of its tensors get a gradient."""
 
     layers: list[LayerPlan]
     differentiable: list[bool]
+
+
+def differentiable(layout: Sequence[int]) -> list[bool]:
+    """For each tensor of a call, whether it gets a gradient: all but the prior filters."""
+    answer: list[bool] = []
+    for mask in layout[::INTS_PER_LAYER]:
+        answer += [field < len(GRADIENT_FIELDS) for field in range(mask.bit_length()) if mask >> field & 1]
+    return answer
 
 
 _plans: dict[tuple[object, ...], Plan] = {}
@@ -53,26 +67,25 @@ def plan_of(tensors: Sequence[Tensor], layout: Sequence[int]) -> Plan:
     try:
         known = _plans.get(key) if uniform else None
     except TypeError:  # symbolic shapes under torch.compile cannot be hashed
-        return _make(check_layers(tensors, layout), tensors)
+        return _make(check_layers(tensors, layout), layout)
     if known is None:
-        known = _make(check_layers(tensors, layout), tensors)
+        known = _make(check_layers(tensors, layout), layout)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[key] = known
     return known
 
 
-def _make(layers: Sequence[SqueezeBranches], tensors: Sequence[Tensor]) -> Plan:
+def _make(layers: Sequence[SqueezeBranches], layout: Sequence[int]) -> Plan:
     plans: list[LayerPlan] = []
-    differentiable: list[bool] = []
+    tensors = 0
     for layer in layers:
         slots: list[int] = []
         for tensor in layer[:10]:
-            slots.append(-1 if tensor is None else len(differentiable))
-            if tensor is not None:
-                differentiable.append(len(slots) <= len(GRADIENT_FIELDS))
+            slots.append(-1 if tensor is None else tensors)
+            tensors += tensor is not None
         plans.append(_layer_plan(layer, slots))
-    return Plan(plans, differentiable)
+    return Plan(plans, differentiable(layout))
 
 
 def _layer_plan(layer: SqueezeBranches, slots: list[int]) -> LayerPlan:
