@@ -16,7 +16,15 @@ from repkern.bench.peak import Peak, measure_peak
 from repkern.bench.problems import CheckResult, Forward, Problem, build_problem
 from repkern.bench.registry import Case
 from repkern.bench.results import Row
-from repkern.bench.timing import Workload, graphed, measure_pairs, quantiles, ratio_of_pairs, strict_fp32
+from repkern.bench.timing import (
+    Workload,
+    graphed,
+    measure_pairs,
+    quantiles,
+    ratio_of_pairs,
+    settle_allocator,
+    strict_fp32,
+)
 from repkern.ops import available_backends, use_backend
 
 __all__ = ["BASELINES", "PASSES", "OpsOptions", "default_backends", "run_ops"]
@@ -57,6 +65,7 @@ def run_ops(
     cases: Sequence[Case], options: OpsOptions, on_row: Callable[[Row], None], say: Callable[[str], None]
 ) -> list[str]:
     """Hand every row to `on_row` as soon as it is measured; return the failed checks in words."""
+    settle_allocator()
     peak = measure_peak(options.dtype, options.device, quick=options.quick)
     say(f"peak: {peak.gflops:.0f} GFLOP/s ({peak.source}); upper bound: {peak.bound}")
     if peak.bound_gflops is not None and peak.gflops < _SUSPICIOUS * peak.bound_gflops:

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Quantiles", "Workload", "graphed", "measure_pairs", "quantiles", "ratio_of_pairs", "strict_fp32"]
+__all__ = [
+    "Quantiles",
+    "Workload",
+    "graphed",
+    "measure_pairs",
+    "quantiles",
+    "ratio_of_pairs",
+    "settle_allocator",
+    "strict_fp32",
+]
 
 _WARMUP_RUNS = 2
 _MAX_INNER = 10_000
@@ -100,6 +109,15 @@ def strict_fp32() -> Iterator[None]:
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+
+
+def settle_allocator() -> None:
+    """Put the C allocator into the state it has in a training process.
+
+    glibc returns freed memory to the system at once until a block of up to 32 MiB has been freed, as any real network
+    does in its first step; before that, whoever is measured pays a page fault for every 4 KiB of every result.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8).fill_(0)
 
 
 def graphed(work: Workload) -> Workload:
