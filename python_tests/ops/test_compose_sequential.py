@@ -23,6 +23,7 @@ def test_gradcheck():
     first = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     second = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: compose_sequential(a, b, groups=2), (first, second))
+    assert torch.autograd.gradgradcheck(lambda a, b: compose_sequential(a, b, groups=2), (first, second))
 
 
 def test_half_is_computed_in_float32():

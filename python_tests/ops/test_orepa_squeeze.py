@@ -38,6 +38,15 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(kernel, parameters(layer))
 
 
+def test_second_derivatives():
+    layer = leaves(random_layer(2, 2, 3, expansion=1))
+
+    def kernel(*tensors):
+        return orepa_squeeze(*tensors, prior_filter=layer.prior_filter, identity_reduce=True)
+
+    assert torch.autograd.gradgradcheck(kernel, parameters(layer))
+
+
 def test_many_is_the_same_as_one_by_one():
     layers = [
         random_layer(5, 7, 3, expansion=2),

@@ -111,7 +111,8 @@ def define_op(
     """Register `repkern::<name>` and add it to the op table.
 
     `fake(*args)` returns empty outputs of the right shape. `setup_context(ctx, args, output)` and
-    `backward(ctx, *grads) -> one gradient (or list) per argument` make it differentiable.
+    `backward(ctx, *grads) -> one gradient (or list) per argument` make it differentiable; without them it is a backward
+    op, and where it is differentiated again its reference runs instead.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = Op(stem, name, getattr(torch.ops.repkern, name).default, check)
@@ -131,7 +132,23 @@ def define_op(
     torch.library.register_fake(f"repkern::{name}", run_fake, lib=_LIBRARY)
     if backward is not None and setup_context is not None:
         _LIBRARY.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd")
+    else:
+        _LIBRARY.impl(name, _reference_where_differentiated(op), "Autograd")
     return op
+
+
+def _reference_where_differentiated(op: Op) -> Callable[..., Any]:
+    """Second derivatives: under create_graph a backward op runs as its reference, which torch can differentiate."""
+
+    def kernel(*args: Any) -> Any:
+        flat, _ = _flatten(args)
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in flat):
+            op.check(*args)
+            return op.implementation("reference")(*args)
+        with _AutoDispatchBelowAutograd():
+            return op.overload(*args)
+
+    return kernel
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
