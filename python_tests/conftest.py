@@ -54,6 +54,7 @@ def _guarded_outputs(request, monkeypatch):
         return raw.view(dtype).as_strided(like.shape, like.stride(), GUARD)
 
     monkeypatch.setattr(_check, "empty", guarded)
+    monkeypatch.setattr(_check, "empty_like", lambda tensor: guarded(tensor.shape, tensor.dtype, tensor.device))
     monkeypatch.setattr(_check, "KEPT_WORKSPACE_BYTES", 0)
     yield
     for raw, begin, end in buffers:

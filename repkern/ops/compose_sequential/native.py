@@ -27,7 +27,7 @@ def compose_sequential_backward(
     """Gradients of `first` and `second`."""
     first, second = first.contiguous(), second.contiguous()
     grad = grad.to(first.dtype).contiguous()
-    grad_first, grad_second = (_check.empty(t.shape, t.dtype, t.device) for t in (first, second))
+    grad_first, grad_second = _check.empty_like(first), _check.empty_like(second)
     pointers = (grad.data_ptr(), grad_first.data_ptr(), grad_second.data_ptr())
     _call(native, "compose_sequential_backward", first, second, groups, pointers)
     return grad_first, grad_second

@@ -39,10 +39,10 @@ def orepa_squeeze_many_backward(
 ) -> list[Tensor]:
     """The gradient of every tensor but the prior filters, written by one call."""
     tensors = [t.contiguous() for t in tensors]
-    dtype, device = tensors[0].dtype, tensors[0].device
+    dtype = tensors[0].dtype
     grads = [grad.to(dtype).contiguous() for grad in grads]
     made = [
-        _check.empty(tensor.shape, dtype, device) if wanted else None
+        _check.empty_like(tensor) if wanted else None
         for tensor, wanted in zip(tensors, plan.differentiable, strict=True)
     ]
     addresses = [0 if gradient is None else gradient.data_ptr() for gradient in made] + [0]
