@@ -7,7 +7,8 @@ enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 // The best this machine can run.
 Isa isa_found();
-// The one in use: isa_found(), or what REPKERN_ISA (scalar | avx2 | avx512) or set_isa() asks for, if the machine can run it.
+// The one in use: isa_found(), or what REPKERN_ISA (scalar | avx2 | avx512) or set_isa() asks for, if the machine can
+// run it.
 Isa isa_used();
 // Null on success, else why it cannot be used.
 const char* set_isa(Isa isa);

@@ -81,17 +81,17 @@ struct Gemm {
       case 3:
         return micro<MV, 3, kDense>;
       case 4:
-        return micro < MV, most < 4 ? 1 : 4, kDense > ;
+        return micro<MV, (most < 4 ? 1 : 4), kDense>;
       case 5:
-        return micro < MV, most < 5 ? 1 : 5, kDense > ;
+        return micro<MV, (most < 5 ? 1 : 5), kDense>;
       case 6:
-        return micro < MV, most < 6 ? 1 : 6, kDense > ;
+        return micro<MV, (most < 6 ? 1 : 6), kDense>;
       case 7:
-        return micro < MV, most < 7 ? 1 : 7, kDense > ;
+        return micro<MV, (most < 7 ? 1 : 7), kDense>;
       case 8:
-        return micro < MV, most < 8 ? 1 : 8, kDense > ;
+        return micro<MV, (most < 8 ? 1 : 8), kDense>;
       default:
-        return micro < MV, most < 9 ? 1 : 9, kDense > ;
+        return micro<MV, (most < 9 ? 1 : 9), kDense>;
     }
   }
 
@@ -131,9 +131,9 @@ struct Gemm {
       case 2:
         return run_panel<2>(d, a, b, at_b, c, at_c, columns, add);
       case 3:
-        return run_panel < V::panel<3 ? 1 : 3>(d, a, b, at_b, c, at_c, columns, add);
+        return run_panel<(V::panel < 3 ? 1 : 3)>(d, a, b, at_b, c, at_c, columns, add);
       default:
-        return run_panel < V::panel<4 ? 1 : 4>(d, a, b, at_b, c, at_c, columns, add);
+        return run_panel<(V::panel < 4 ? 1 : 4)>(d, a, b, at_b, c, at_c, columns, add);
     }
   }
 };

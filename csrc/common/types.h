@@ -13,9 +13,12 @@ enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 inline size_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    default: return 2;
+    case DType::f64:
+      return 8;
+    case DType::f32:
+      return 4;
+    default:
+      return 2;
   }
 }
 

@@ -1,4 +1,5 @@
-// compose_sequential: two stacked convolutions -> the one that computes the same. The math: docs/ops/compose_sequential.md.
+// compose_sequential: two stacked convolutions -> the one that computes the same. The math:
+// docs/ops/compose_sequential.md.
 #pragma once
 #include "common/types.h"
 
@@ -7,8 +8,8 @@ namespace repkern {
 // K = K1 + K2 - 1. Everything is contiguous and of the call's dtype (f32 or f64).
 struct ComposeParams {
   int64_t co, ci, cm, groups, k1, k2;
-  const void* first;    // [Cm, Ci/g, K1, K1]
-  const void* second;   // [Co, Cm/g, K2, K2]
+  const void* first;   // [Cm, Ci/g, K1, K1]
+  const void* second;  // [Co, Cm/g, K2, K2]
 };
 
 // `workspace`: the bytes the matching *_workspace function names, 64-byte aligned.
@@ -20,9 +21,10 @@ Status compose_sequential_backward_cpu(const ComposeParams& p, const void* grad_
                                        void* grad_first, void* grad_second, DType dtype, void* workspace, int threads);
 
 size_t compose_sequential_forward_cuda_workspace(const ComposeParams& p, DType dtype);
-Status compose_sequential_forward_cuda(const ComposeParams& p, void* out, DType dtype, int math, void* workspace, void* stream);
+Status compose_sequential_forward_cuda(const ComposeParams& p, void* out, DType dtype, int math, void* workspace,
+                                       void* stream);
 size_t compose_sequential_backward_cuda_workspace(const ComposeParams& p, DType dtype);
-Status compose_sequential_backward_cuda(const ComposeParams& p, const void* grad_out, void* grad_first, void* grad_second,
-                                        DType dtype, int math, void* workspace, void* stream);
+Status compose_sequential_backward_cuda(const ComposeParams& p, const void* grad_out, void* grad_first,
+                                        void* grad_second, DType dtype, int math, void* workspace, void* stream);
 
 }  // namespace repkern

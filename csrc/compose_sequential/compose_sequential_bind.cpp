@@ -30,35 +30,53 @@ void register_compose_sequential(py::module_& m) {
   m.def("compose_sequential_forward_cpu_workspace", [](const Fields& params, int dtype, int threads) {
     return compose_sequential_forward_cpu_workspace(read_params(params), DType(dtype), threads);
   });
-  m.def("compose_sequential_forward_cpu", [](const Fields& params, int64_t out, int dtype, int64_t workspace, int threads) {
-    throw_unless_ok(compose_sequential_forward_cpu(read_params(params), as_pointer(out), DType(dtype), as_pointer(workspace), threads), kOp);
-  }, Release());
+  m.def(
+      "compose_sequential_forward_cpu",
+      [](const Fields& params, int64_t out, int dtype, int64_t workspace, int threads) {
+        throw_unless_ok(compose_sequential_forward_cpu(read_params(params), as_pointer(out), DType(dtype),
+                                                       as_pointer(workspace), threads),
+                        kOp);
+      },
+      Release());
   m.def("compose_sequential_backward_cpu_workspace", [](const Fields& params, int dtype, int threads) {
     return compose_sequential_backward_cpu_workspace(read_params(params), DType(dtype), threads);
   });
-  m.def("compose_sequential_backward_cpu", [](const Fields& params, int64_t grad_out, int64_t grad_first, int64_t grad_second,
-                                              int dtype, int64_t workspace, int threads) {
-    throw_unless_ok(compose_sequential_backward_cpu(read_params(params), as_pointer(grad_out), as_pointer(grad_first),
-                                                    as_pointer(grad_second), DType(dtype), as_pointer(workspace), threads), kOp);
-  }, Release());
+  m.def(
+      "compose_sequential_backward_cpu",
+      [](const Fields& params, int64_t grad_out, int64_t grad_first, int64_t grad_second, int dtype, int64_t workspace,
+         int threads) {
+        throw_unless_ok(
+            compose_sequential_backward_cpu(read_params(params), as_pointer(grad_out), as_pointer(grad_first),
+                                            as_pointer(grad_second), DType(dtype), as_pointer(workspace), threads),
+            kOp);
+      },
+      Release());
 #endif
 #if REPKERN_WITH_CUDA
   m.def("compose_sequential_forward_cuda_workspace", [](const Fields& params, int dtype) {
     return compose_sequential_forward_cuda_workspace(read_params(params), DType(dtype));
   });
-  m.def("compose_sequential_forward_cuda", [](const Fields& params, int64_t out, int dtype, int math, int64_t workspace, int64_t stream) {
-    throw_unless_ok(compose_sequential_forward_cuda(read_params(params), as_pointer(out), DType(dtype), math,
-                                                    as_pointer(workspace), as_pointer(stream)), kOp);
-  }, Release());
+  m.def(
+      "compose_sequential_forward_cuda",
+      [](const Fields& params, int64_t out, int dtype, int math, int64_t workspace, int64_t stream) {
+        throw_unless_ok(compose_sequential_forward_cuda(read_params(params), as_pointer(out), DType(dtype), math,
+                                                        as_pointer(workspace), as_pointer(stream)),
+                        kOp);
+      },
+      Release());
   m.def("compose_sequential_backward_cuda_workspace", [](const Fields& params, int dtype) {
     return compose_sequential_backward_cuda_workspace(read_params(params), DType(dtype));
   });
-  m.def("compose_sequential_backward_cuda", [](const Fields& params, int64_t grad_out, int64_t grad_first, int64_t grad_second,
-                                               int dtype, int math, int64_t workspace, int64_t stream) {
-    throw_unless_ok(compose_sequential_backward_cuda(read_params(params), as_pointer(grad_out), as_pointer(grad_first),
-                                                     as_pointer(grad_second), DType(dtype), math, as_pointer(workspace),
-                                                     as_pointer(stream)), kOp);
-  }, Release());
+  m.def(
+      "compose_sequential_backward_cuda",
+      [](const Fields& params, int64_t grad_out, int64_t grad_first, int64_t grad_second, int dtype, int math,
+         int64_t workspace, int64_t stream) {
+        throw_unless_ok(compose_sequential_backward_cuda(read_params(params), as_pointer(grad_out),
+                                                         as_pointer(grad_first), as_pointer(grad_second), DType(dtype),
+                                                         math, as_pointer(workspace), as_pointer(stream)),
+                        kOp);
+      },
+      Release());
 #endif
   (void)sizeof(Release);
 }

@@ -10,22 +10,22 @@ constexpr int kSqueezeBranches = 6;  // origin, avg, prior, 1x1-KxK, 1x1, dw-pw:
 // One layer. A null branch is absent. All inputs are contiguous and of the call's dtype.
 struct SqueezeLayer {
   int64_t co, ci, cm, groups, k, expansion;
-  int64_t identity_reduce;     // 1: row t of reduce gets +1 at column t % (Ci/g), t counted within its group
-  const void* origin;          // [Co, Ci/g, K, K]
-  const void* avg;             // [Co, Ci/g]
-  const void* prior;           // [Co, Ci/g]
-  const void* pointwise;       // [Co, Ci/g]
-  const void* reduce;          // [Cm, Ci/g]
-  const void* expand;          // [Co, Cm/g, K, K]
-  const void* depthwise;       // [Ci*e, K, K], channel i*e + q
-  const void* project;         // [Co, Ci/g*e], column i*e + q
+  int64_t identity_reduce;              // 1: row t of reduce gets +1 at column t % (Ci/g), t counted within its group
+  const void* origin;                   // [Co, Ci/g, K, K]
+  const void* avg;                      // [Co, Ci/g]
+  const void* prior;                    // [Co, Ci/g]
+  const void* pointwise;                // [Co, Ci/g]
+  const void* reduce;                   // [Cm, Ci/g]
+  const void* expand;                   // [Co, Cm/g, K, K]
+  const void* depthwise;                // [Ci*e, K, K], channel i*e + q
+  const void* project;                  // [Co, Ci/g*e], column i*e + q
   const void* scale[kSqueezeBranches];  // each [Co]; null = 1
-  const void* prior_filter;    // [Co, K, K]; null when prior is null
+  const void* prior_filter;             // [Co, K, K]; null when prior is null
 };
 
 // What the backward writes, with the shapes above; null = not wanted (its branch is absent).
 struct SqueezeGrads {
-  const void* grad_out;        // [Co, Ci/g, K, K], contiguous, the call's dtype
+  const void* grad_out;  // [Co, Ci/g, K, K], contiguous, the call's dtype
   void* origin;
   void* avg;
   void* prior;
@@ -38,7 +38,8 @@ struct SqueezeGrads {
 };
 
 // `out[l]`: [Co, Ci/g, K, K] of out_dtype, contiguous, or in memory [Co, K, K, Ci/g] when channels_last.
-// `dtype` is f32 or f64; `out_dtype` any. `workspace`: the bytes the matching *_workspace function names, 64-byte aligned.
+// `dtype` is f32 or f64; `out_dtype` any. `workspace`: the bytes the matching *_workspace function names, 64-byte
+// aligned.
 size_t orepa_squeeze_forward_cpu_workspace(const SqueezeLayer* layers, int count, DType dtype, int threads);
 Status orepa_squeeze_forward_cpu(const SqueezeLayer* layers, void* const* out, int count, DType dtype, DType out_dtype,
                                  bool channels_last, void* workspace, int threads);

@@ -18,7 +18,8 @@ std::vector<SqueezeLayer> read_layers(const Fields& fields) {
   std::vector<SqueezeLayer> layers;
   while (!in.done()) {
     SqueezeLayer layer;
-    for (int64_t* value : {&layer.co, &layer.ci, &layer.cm, &layer.groups, &layer.k, &layer.expansion, &layer.identity_reduce})
+    for (int64_t* value :
+         {&layer.co, &layer.ci, &layer.cm, &layer.groups, &layer.k, &layer.expansion, &layer.identity_reduce})
       *value = in.integer();
     for (const void** value : {&layer.origin, &layer.avg, &layer.prior, &layer.pointwise, &layer.reduce, &layer.expand,
                                &layer.depthwise, &layer.project})
@@ -65,50 +66,66 @@ void register_orepa_squeeze(py::module_& m) {
     const auto in = read_layers(layers);
     return orepa_squeeze_forward_cpu_workspace(in.data(), count_of(in), DType(dtype), threads);
   });
-  m.def("orepa_squeeze_forward_cpu", [](const Fields& layers, const Fields& out, int dtype, int out_dtype,
-                                        bool channels_last, int64_t workspace, int threads) {
-    const auto in = read_layers(layers);
-    const auto to = read_pointers(out);
-    expect_count(in.size(), to.size());
-    throw_unless_ok(orepa_squeeze_forward_cpu(in.data(), to.data(), count_of(in), DType(dtype), DType(out_dtype),
-                                              channels_last, as_pointer(workspace), threads), kOp);
-  }, Release());
+  m.def(
+      "orepa_squeeze_forward_cpu",
+      [](const Fields& layers, const Fields& out, int dtype, int out_dtype, bool channels_last, int64_t workspace,
+         int threads) {
+        const auto in = read_layers(layers);
+        const auto to = read_pointers(out);
+        expect_count(in.size(), to.size());
+        throw_unless_ok(orepa_squeeze_forward_cpu(in.data(), to.data(), count_of(in), DType(dtype), DType(out_dtype),
+                                                  channels_last, as_pointer(workspace), threads),
+                        kOp);
+      },
+      Release());
   m.def("orepa_squeeze_backward_cpu_workspace", [](const Fields& layers, int dtype, int threads) {
     const auto in = read_layers(layers);
     return orepa_squeeze_backward_cpu_workspace(in.data(), count_of(in), DType(dtype), threads);
   });
-  m.def("orepa_squeeze_backward_cpu", [](const Fields& layers, const Fields& grads, int dtype, int64_t workspace, int threads) {
-    const auto in = read_layers(layers);
-    const auto to = read_grads(grads);
-    expect_count(in.size(), to.size());
-    throw_unless_ok(orepa_squeeze_backward_cpu(in.data(), to.data(), count_of(in), DType(dtype), as_pointer(workspace), threads), kOp);
-  }, Release());
+  m.def(
+      "orepa_squeeze_backward_cpu",
+      [](const Fields& layers, const Fields& grads, int dtype, int64_t workspace, int threads) {
+        const auto in = read_layers(layers);
+        const auto to = read_grads(grads);
+        expect_count(in.size(), to.size());
+        throw_unless_ok(orepa_squeeze_backward_cpu(in.data(), to.data(), count_of(in), DType(dtype),
+                                                   as_pointer(workspace), threads),
+                        kOp);
+      },
+      Release());
 #endif
 #if REPKERN_WITH_CUDA
   m.def("orepa_squeeze_forward_cuda_workspace", [](const Fields& layers, int dtype) {
     const auto in = read_layers(layers);
     return orepa_squeeze_forward_cuda_workspace(in.data(), count_of(in), DType(dtype));
   });
-  m.def("orepa_squeeze_forward_cuda", [](const Fields& layers, const Fields& out, int dtype, int out_dtype,
-                                         bool channels_last, int math, int64_t workspace, int64_t stream) {
-    const auto in = read_layers(layers);
-    const auto to = read_pointers(out);
-    expect_count(in.size(), to.size());
-    throw_unless_ok(orepa_squeeze_forward_cuda(in.data(), to.data(), count_of(in), DType(dtype), DType(out_dtype),
-                                               channels_last, math, as_pointer(workspace), as_pointer(stream)), kOp);
-  }, Release());
+  m.def(
+      "orepa_squeeze_forward_cuda",
+      [](const Fields& layers, const Fields& out, int dtype, int out_dtype, bool channels_last, int math,
+         int64_t workspace, int64_t stream) {
+        const auto in = read_layers(layers);
+        const auto to = read_pointers(out);
+        expect_count(in.size(), to.size());
+        throw_unless_ok(orepa_squeeze_forward_cuda(in.data(), to.data(), count_of(in), DType(dtype), DType(out_dtype),
+                                                   channels_last, math, as_pointer(workspace), as_pointer(stream)),
+                        kOp);
+      },
+      Release());
   m.def("orepa_squeeze_backward_cuda_workspace", [](const Fields& layers, int dtype) {
     const auto in = read_layers(layers);
     return orepa_squeeze_backward_cuda_workspace(in.data(), count_of(in), DType(dtype));
   });
-  m.def("orepa_squeeze_backward_cuda", [](const Fields& layers, const Fields& grads, int dtype, int math,
-                                          int64_t workspace, int64_t stream) {
-    const auto in = read_layers(layers);
-    const auto to = read_grads(grads);
-    expect_count(in.size(), to.size());
-    throw_unless_ok(orepa_squeeze_backward_cuda(in.data(), to.data(), count_of(in), DType(dtype), math,
-                                                as_pointer(workspace), as_pointer(stream)), kOp);
-  }, Release());
+  m.def(
+      "orepa_squeeze_backward_cuda",
+      [](const Fields& layers, const Fields& grads, int dtype, int math, int64_t workspace, int64_t stream) {
+        const auto in = read_layers(layers);
+        const auto to = read_grads(grads);
+        expect_count(in.size(), to.size());
+        throw_unless_ok(orepa_squeeze_backward_cuda(in.data(), to.data(), count_of(in), DType(dtype), math,
+                                                    as_pointer(workspace), as_pointer(stream)),
+                        kOp);
+      },
+      Release());
 #endif
   (void)sizeof(Release);
 }

@@ -140,6 +140,22 @@ def test_fullgraph_compile_and_export():
     assert torch.equal(exported.module()(*inputs), orepa_squeeze(*inputs))
 
 
+def test_modes_and_profilers_see_both_passes():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer = leaves(random_layer(3, 3, 3, expansion=1))
+    with Watch():
+        orepa_squeeze_many([layer])[0].sum().backward()
+    assert {"repkern.orepa_squeeze_many.default", "repkern.orepa_squeeze_many_backward.default"} <= set(seen)
+
+
 class TestBadInput:
     def refuse(self, match, error=ValueError, groups=1, **changes):
         layer = random_layer(4, 6, 3, expansion=2, dtype=torch.float32)._replace(**changes)

@@ -62,7 +62,7 @@ def _setup_context(ctx: Any, args: Sequence[Any], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     first, second = ctx.saved_tensors
-    return (*_compose_backward(grad, first, second, ctx.groups), None)
+    return (*_compose_backward.call_from_autograd(grad, first, second, ctx.groups), None)
 
 
 _compose = define_op(

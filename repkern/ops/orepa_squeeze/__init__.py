@@ -68,7 +68,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
         for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
     ]
-    gradients = iter(squeeze_many_backward(filled, tensors, ctx.layout))
+    gradients = iter(squeeze_many_backward.call_from_autograd(filled, tensors, ctx.layout))
     return [next(gradients) if needed else None for needed in differentiable(ctx.layout)], None, None, None
 
 
