@@ -13,8 +13,14 @@ from repkern.ops import _select, compose_sequential
 
 
 def run(code, **environment):
+    """A fresh interpreter; not in the repository, whose sources would hide an installed package."""
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=sys.prefix,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
