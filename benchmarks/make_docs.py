@@ -21,7 +21,8 @@ Every row was checked against the float64 reference before it was timed. Times a
 neighbouring samples of one run (A B A B …), with the 20th and 80th percentile in brackets. "eager" is the published
 multi-branch formulation written in torch calls, "compile" the same under `torch.compile` (a compiled function a layer).
 "conv2d" is the convolution that the kernel feeds (batch 32, a ResNet's feature map size): ours costs that much less.
-Percent of peak refers to the fastest large matrix product or convolution of torch, timed in turn with ours.
+Percent of peak refers to the fastest large matrix product or convolution of torch, timed in turn with ours. That is a
+lower bound of the FMA peak, which a clock above the nominal one raises: an "ok" against it does not prove the target.
 Commits with "+" had uncommitted changes. How to measure again: benchmarks/README.md.
 """
 BACKENDS_HEAD = """# Backends

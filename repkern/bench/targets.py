@@ -39,7 +39,10 @@ def ops_target(device: str, case: str, what: str, baseline: str) -> Target | Non
 
 
 def peak_target(device: str, case: str, what: str) -> Target | None:
-    """What forward+backward must reach by itself: percent of FMA peak on a CPU, microseconds on a GPU."""
+    """What forward+backward must reach by itself: percent of peak on a CPU, microseconds on a GPU.
+
+    The target means the FMA peak; what is measured is the best that torch reaches, which is at most that.
+    """
     if what != _BOTH:
         return None
     if device == "cpu":
