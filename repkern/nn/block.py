@@ -40,6 +40,9 @@ class RepBlock(nn.Module):
         for name, value in zip(geometry._fields[:-1], geometry, strict=False):
             setattr(self, name, value)
         self._pad = geometry.pad
+        reach = (self.dilation[0] * (self.kernel_size[0] // 2), self.dilation[1] * (self.kernel_size[1] // 2))
+        # What the centre of the kernel sees beyond the input; negative: it sees less than the whole input.
+        self._margin = (self._pad[0] - reach[0], self._pad[1] - reach[1])
         if activation is not None and not isinstance(activation, nn.Module):
             raise TypeError(f"activation must be an nn.Module instance or None, got {activation!r}")
         self.activation = activation
@@ -122,11 +125,16 @@ class RepBlock(nn.Module):
             bias = weight.new_zeros(self.out_channels) if bias is None else bias
             conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=trainable)
         conv.train(self.training)
-        if self.activation is None:
+        after = self._after()
+        if not after:
             return conv
-        fused = nn.Sequential(OrderedDict(conv=conv, activation=self.activation))
+        fused = nn.Sequential(OrderedDict(conv=conv, **after))
         fused.training = self.training
         return fused
+
+    def _after(self) -> dict[str, nn.Module]:
+        """What follows the convolution in the deployed form, by name and in order."""
+        return {} if self.activation is None else {"activation": self.activation}
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """This block's convolution with the given weight."""
@@ -134,6 +142,21 @@ class RepBlock(nn.Module):
         if self.padding_mode == "zeros":
             return functional.conv2d(x, weight, bias, self.stride, self._pad, self.dilation, self.groups)
         return functional.conv2d(self._padded(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    @property
+    def _keeps_positions(self) -> bool:
+        """Whether output pixel (h, w) lies under input pixel (h, w), so that the input itself can be a branch."""
+        return self.in_channels == self.out_channels and self.stride == (1, 1) and self._margin == (0, 0)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        """The pixels under the kernel's centre: what a 1x1 branch of stride `stride` reads."""
+        height, width = self._margin
+        if self._margin == (0, 0):
+            return x
+        if self.padding_mode == "zeros" or max(self._margin) <= 0:
+            return functional.pad(x, (width, width, height, height))
+        height, width = (self.dilation[at] * (self.kernel_size[at] // 2) for at in (0, 1))
+        return functional.pad(self._padded(x), (-width, -width, -height, -height))
 
     def _padded(self, x: Tensor) -> Tensor:
         height, width = self._pad

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from repkern.nn.block import RepBlock
+from repkern.nn.branch_sum import Branch, branch_norm_sum
 from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel, pad_to
 from repkern.nn.geometry import Pair, check_geometry
 from repkern.nn.orepa import OREPAConv2d
@@ -66,29 +66,17 @@ class OREPARepVGGBlock(RepBlock):
         self.dense_bn = nn.BatchNorm2d(out_channels, **factory)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, self.stride, groups=groups, bias=False, **factory)
         self.pointwise_bn = nn.BatchNorm2d(out_channels, **factory)
-        half = self.kernel_size[0] // 2
-        # What the 1x1 and the identity branch see beyond the input; negative: they see less.
-        self._margin = (self._pad[0] - self.dilation[0] * half, self._pad[1] - self.dilation[1] * half)
-        keeps = in_channels == out_channels and self.stride == (1, 1) and self._margin == (0, 0)
-        self.identity_bn = nn.BatchNorm2d(out_channels, **factory) if keeps else None
+        self.identity_bn = nn.BatchNorm2d(out_channels, **factory) if self._keeps_positions else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
-        total = self.dense_bn(self.dense(x)) + self.pointwise_bn(self.pointwise(self._centre(x)))
+        branches = [Branch(self.dense_bn, self.dense), Branch(self.pointwise_bn, self._pointwise_map, cheap=True)]
         if self.identity_bn is not None:
-            total = total + self.identity_bn(x)
-        return self._activate(total)
+            branches.append(Branch(self.identity_bn))
+        return branch_norm_sum(x, branches, self.activation)
 
-    def _centre(self, x: Tensor) -> Tensor:
-        """The pixels under the kernel's centre."""
-        height, width = self._margin
-        if self._margin == (0, 0):
-            return x
-        if self.padding_mode == "zeros" or max(self._margin) <= 0:
-            return functional.pad(x, (width, width, height, height))
-        half = self.kernel_size[0] // 2
-        height, width = self.dilation[0] * half, self.dilation[1] * half
-        return functional.pad(self._padded(x), (-width, -width, -height, -height))
+    def _pointwise_map(self, x: Tensor) -> Tensor:
+        return self.pointwise(self._centre(x))
 
     def _fold(self) -> KernelBias:
         return add_branches([self._folded_dense(), *self._folded_others()])
