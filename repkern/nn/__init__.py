@@ -2,6 +2,7 @@
 
 from repkern.nn import fold
 from repkern.nn.block import RepBlock
+from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import ReplaceReport, replace_convs
 from repkern.nn.group import group_squeeze, ungroup_squeeze
 from repkern.nn.orepa import OREPAConv2d
@@ -10,6 +11,7 @@ from repkern.nn.orepa_repvgg import OREPARepVGGBlock
 from repkern.nn.reparameterize import reparameterize
 
 __all__ = [
+    "ConvNormAct",
     "OREPABlock",
     "OREPAConv2d",
     "OREPADeepStem",

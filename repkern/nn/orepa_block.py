@@ -39,6 +39,31 @@ class _NormedBlock(RepBlock):
     def _normed(self, weight: Tensor) -> KernelBias:
         return fuse_bn(weight, None, self.bn)
 
+    def _set_kernel(self, weight: Tensor) -> None:
+        """Make `weight` [Co, Ci/g, K, K] the kernel before the norm. ValueError for blocks that cannot."""
+        RepBlock.set_equivalent_kernel_bias(self, weight, None)
+
+    @torch.no_grad()
+    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Solve for the kernel before the norm and the norm's shift; exact in eval mode.
+
+        ValueError where the norm scales by 0.
+        """
+        norm: Any = self.bn
+        factor, shift = fuse_bn(torch.ones_like(norm.running_mean), None, norm)
+        if not factor.all():
+            raise ValueError("the norm scales a channel by 0, so no kernel before it gives the wanted one")
+        self._set_kernel(weight.double() / factor.double()[:, None, None, None])
+        norm.bias.add_(-shift if bias is None else bias - shift)
+
+    @torch.no_grad()
+    def set_kernel_before_norm(self, weight: Tensor, bias: Tensor | None) -> None:
+        """The convolution before an adopted norm; its bias moves into the running mean, which is where it shows."""
+        self._set_kernel(weight)
+        norm: Any = self.bn
+        if bias is not None and norm.running_mean is not None:
+            norm.running_mean.sub_(bias)
+
 
 class OREPABlock(_NormedBlock):
     """activation(BatchNorm(OREPAConv2d(x))): the block of paper 2204.00826, Fig. 6, with its post-addition norm.
@@ -88,23 +113,8 @@ class OREPABlock(_NormedBlock):
     def _fold(self) -> KernelBias:
         return self._normed(self.conv._fold()[0])
 
-    @torch.no_grad()
-    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Solve for origin and the norm's shift; exact in eval mode. ValueError where the norm scales by 0."""
-        norm: Any = self.bn
-        factor, shift = fuse_bn(torch.ones_like(norm.running_mean), None, norm)
-        if not factor.all():
-            raise ValueError("the norm scales a channel by 0, so no kernel before it gives the wanted one")
-        self.conv.set_equivalent_kernel_bias(weight.double() / factor.double()[:, None, None, None], None)
-        norm.bias.add_(-shift if bias is None else bias - shift)
-
-    @torch.no_grad()
-    def set_kernel_before_norm(self, weight: Tensor, bias: Tensor | None) -> None:
-        """The convolution before an adopted norm; its bias moves into the running mean, which is where it shows."""
+    def _set_kernel(self, weight: Tensor) -> None:
         self.conv.set_equivalent_kernel_bias(weight, None)
-        norm: Any = self.bn
-        if bias is not None and norm.running_mean is not None:
-            norm.running_mean.sub_(bias)
 
 
 class OREPADeepStem(_NormedBlock):
