@@ -15,7 +15,16 @@ from repkern.nn.block import RepBlock
 from repkern.nn.group import ungroup_squeeze
 from repkern.nn.verify import Example, Reference, check_same_function
 
-__all__ = ["reparameterize"]
+__all__ = ["is_block", "reparameterize"]
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether `reparameterize` converts this module: a `RepBlock`, or another class of ours with a `fuse()`.
+
+    Foreign modules may have a `fuse` that means something else.
+    """
+    ours = (kind for kind in type(module).__mro__ if "fuse" in vars(kind))
+    return isinstance(module, RepBlock) or any(kind.__module__.partition(".")[0] == "repkern" for kind in ours)
 
 
 def reparameterize(model: nn.Module, *, inplace: bool = False, verify: Example | None = None) -> nn.Module:
