@@ -45,19 +45,20 @@ def branch_norm_sum(
     return total if activation is None else activation(total)
 
 
-def norm_scale_shift(y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def norm_scale_shift(y: Tensor, norm: nn.Module, *, update: bool = True) -> tuple[Tensor, Tensor]:
     """(scale [C], shift [C]) with which `norm` acts on y [N, C, H, W] now: norm(y) = scale * y + shift.
 
-    In train mode from the batch's statistics (differentiable through y), which also update the running ones; in eval
-    mode from the running statistics. For norms whose result is then convolved: scaling the kernel is cheaper than
+    In train mode from the batch's statistics (differentiable through y), which also update the running ones, unless
+    `update` is False (the map is made again for a backward); in eval mode from the running statistics. For norms whose result is then convolved: scaling the kernel is cheaper than
     writing the normalized map. In at least float32.
     """
     own: Any = norm
     wide = torch.promote_types(y.dtype, torch.float32)
     if own.training or own.running_mean is None:
         var, mean = torch.var_mean(y.to(wide), dim=(0, 2, 3), unbiased=False)
-        with torch.no_grad():
-            norm(y)  # updates the running statistics
+        if update:
+            with torch.no_grad():
+                norm(y)  # updates the running statistics
     else:
         mean, var = own.running_mean.to(wide), own.running_var.to(wide)
     scale = torch.rsqrt(var + own.eps)
