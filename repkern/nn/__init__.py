@@ -4,11 +4,14 @@ from repkern.nn import fold
 from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import ReplaceReport, replace_convs
+from repkern.nn.custom_l2 import custom_l2, custom_l2_parameters
 from repkern.nn.group import group_squeeze, ungroup_squeeze
 from repkern.nn.orepa import OREPAConv2d
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
 from repkern.nn.orepa_repvgg import OREPARepVGGBlock
 from repkern.nn.reparameterize import reparameterize
+from repkern.nn.repvgg import RepVGGBlock
+from repkern.nn.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "ConvNormAct",
@@ -17,7 +20,11 @@ __all__ = [
     "OREPADeepStem",
     "OREPARepVGGBlock",
     "RepBlock",
+    "RepVGGBlock",
     "ReplaceReport",
+    "SqueezeExcite",
+    "custom_l2",
+    "custom_l2_parameters",
     "fold",
     "group_squeeze",
     "reparameterize",

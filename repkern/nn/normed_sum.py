@@ -1,0 +1,121 @@
+"""The blocks whose training form is a sum of normed branches and an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from repkern.nn.branch_sum import RECOMPUTE, Branch, branch_norm_sum
+from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel
+from repkern.nn.geometry import Geometry
+from repkern.nn.squeeze_excite import SEBlock
+
+__all__ = ["NormedSumBlock", "solve_before_norm", "wide"]
+
+
+def wide(weight: Tensor) -> Tensor:
+    """The kernel in the dtype that branches are folded in: at least float32, so that half types round once."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+@torch.no_grad()
+def solve_before_norm(
+    weight: Tensor, bias: Tensor | None, norm: nn.Module, others: Sequence[KernelBias], name: str
+) -> Tensor:
+    """The kernel before `norm` [Co, ...] with which norm(kernel) + others = (weight, bias) in eval mode, in float64.
+
+    What the bias lacks goes into the norm's own shift (its running mean where it has none). `name` is the norm's, for
+    the ValueError where it scales a channel by 0.
+    """
+    other_weight, other_bias = add_branches(others) if others else (torch.zeros_like(weight), None)
+    mean, shift = norm.running_mean, norm.bias
+    assert isinstance(mean, Tensor)
+    factor, now = fuse_bn(torch.ones_like(mean, dtype=torch.float64), None, norm)
+    if not factor.all():
+        raise ValueError(f"`{name}` scales a channel by 0, so no kernel before it gives the wanted one")
+    missing = -now if bias is None else bias.double() - now
+    if other_bias is not None:
+        missing = missing - other_bias.double()
+    if isinstance(shift, Tensor):
+        shift.add_(missing)
+    else:
+        mean.sub_(missing / factor)
+    return (weight.double() - other_weight.double()) / factor.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+class NormedSumBlock(SEBlock):
+    """post_se(activation(se(sum over branches of norm(branch(x))))).
+
+    One branch is the main one: what the others do not give is its kernel's to give. Subclasses implement `_branches`,
+    `_main_kernel`, `_set_main_kernel` and `_folded_others`, and have `identity_bn` (None where there is no identity).
+    """
+
+    #: The dotted name of the main branch's norm.
+    _main_norm = "dense_bn"
+
+    identity_bn: nn.Module | None
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        activation: nn.Module | None,
+        se: int | None,
+        post_se: int | None,
+        recompute: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+        super().__init__(geometry, activation, se, post_se, device, dtype)
+        self.recompute = recompute
+
+    def _branches(self) -> list[Branch]:
+        raise NotImplementedError
+
+    def _main_kernel(self) -> Tensor:
+        """[Co, Ci/g, K, K]."""
+        raise NotImplementedError
+
+    def _set_main_kernel(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def _folded_others(self, like: Tensor) -> list[KernelBias]:
+        """The convolution of every branch but the main one, in `like`'s dtype and on its device."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, Ci, H, W] -> [N, Co, H', W']."""
+        self._check_input(x)
+        if self.se is not None:
+            return self._finish(branch_norm_sum(x, self._branches(), recompute=self.recompute))
+        y = branch_norm_sum(x, self._branches(), self.activation, recompute=self.recompute)
+        return y if self.post_se is None else self.post_se(y)
+
+    def _fold(self) -> KernelBias:
+        kernel = self._main_kernel()
+        main = fuse_bn(wide(kernel), None, self.get_submodule(self._main_norm))
+        weight, bias = add_branches([main, *self._folded_others(main[0])])
+        assert bias is not None
+        return weight.to(kernel.dtype), bias.to(kernel.dtype)
+
+    def _folded_identity(self, like: Tensor) -> list[KernelBias]:
+        """The identity branch as a convolution; nothing where there is none."""
+        if self.identity_bn is None:
+            return []
+        kernel = identity_kernel(
+            self.in_channels, self.kernel_size[0], self.groups, dtype=like.dtype, device=like.device
+        )
+        return [fuse_bn(kernel, None, self.identity_bn)]
+
+    @torch.no_grad()
+    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Solve for the main branch's kernel and its norm's shift; exact in eval mode.
+
+        ValueError where that norm scales a channel by 0.
+        """
+        norm = self.get_submodule(self._main_norm)
+        others = self._folded_others(weight.double())
+        self._set_main_kernel(solve_before_norm(weight, bias, norm, others, self._main_norm))
