@@ -3,6 +3,7 @@
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP threads
 
 from repkern._info import build_info
+from repkern.models import create_model, list_models
 from repkern.models.checkpoints import load_checkpoint
 from repkern.nn import OREPAConv2d, reparameterize, replace_convs
 from repkern.ops import available_backends, use_backend
@@ -14,6 +15,8 @@ __all__ = [
     "__version__",
     "available_backends",
     "build_info",
+    "create_model",
+    "list_models",
     "load_checkpoint",
     "reparameterize",
     "replace_convs",

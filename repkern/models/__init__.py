@@ -1,1 +1,6 @@
-"""Model architectures."""
+"""Networks by name, their checkpoints, and the segmentation head over them."""
+
+from repkern.models.network import Feature, Network
+from repkern.models.registry import create_model, default_block, list_models
+
+__all__ = ["Feature", "Network", "create_model", "default_block", "list_models"]
