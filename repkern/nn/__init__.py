@@ -4,6 +4,7 @@ from repkern.nn import fold
 from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import ReplaceReport, replace_convs
+from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.custom_l2 import custom_l2, custom_l2_parameters
 from repkern.nn.group import group_squeeze, ungroup_squeeze
 from repkern.nn.orepa import OREPAConv2d
@@ -12,15 +13,18 @@ from repkern.nn.orepa_repvgg import OREPARepVGGBlock
 from repkern.nn.reparameterize import reparameterize
 from repkern.nn.repvgg import RepVGGBlock
 from repkern.nn.squeeze_excite import SqueezeExcite
+from repkern.nn.verify import ReparameterizeReport
 
 __all__ = [
     "ConvNormAct",
+    "DiverseBranchBlock",
     "OREPABlock",
     "OREPAConv2d",
     "OREPADeepStem",
     "OREPARepVGGBlock",
     "RepBlock",
     "RepVGGBlock",
+    "ReparameterizeReport",
     "ReplaceReport",
     "SqueezeExcite",
     "custom_l2",

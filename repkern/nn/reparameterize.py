@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -13,9 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repkern.nn._surgery import replace_modules
 from repkern.nn.block import RepBlock
 from repkern.nn.group import ungroup_squeeze
-from repkern.nn.verify import Example, Reference, check_same_function
+from repkern.nn.verify import Example, Reference, ReparameterizeReport, check_same_function
 
 __all__ = ["is_block", "reparameterize"]
+
+_Pick = Callable[[str, nn.Module], nn.Module | None]
+
+_logger = logging.getLogger("repkern")
 
 
 def is_block(module: nn.Module) -> bool:
@@ -27,7 +32,13 @@ def is_block(module: nn.Module) -> bool:
     return isinstance(module, RepBlock) or any(kind.__module__.partition(".")[0] == "repkern" for kind in ours)
 
 
-def reparameterize(model: nn.Module, *, inplace: bool = False, verify: Example | None = None) -> nn.Module:
+def reparameterize(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    verify: Example | None = None,
+    report: ReparameterizeReport | None = None,
+) -> nn.Module:
     """Replace every block by its plain module (the root included) and return the model.
 
     Without `inplace` the model given stays as it is and a copy is returned. A block that sits in several places is
@@ -35,55 +46,78 @@ def reparameterize(model: nn.Module, *, inplace: bool = False, verify: Example |
     kept. Idempotent: a model without blocks comes back unchanged.
 
     verify: example input, a tensor or a tuple of arguments. The model is run before and after, in eval mode without
-    gradients, and ValueError is raised, with the largest difference, the bound and the first block that differs, when
-    the two disagree by more than rounding; also, by name, for parameters or statistics that are NaN or infinite.
+    gradients, and ValueError is raised, with the largest difference, where it is, the bound and the first block that
+    differs, when the two disagree by more than rounding; also, by name, for parameters or statistics that are NaN or
+    infinite.
+    report: filled with what was converted and, with `verify`, the largest absolute and relative difference of every
+    output and block; also when ValueError is raised. What it prints as is logged as well. Comparing the blocks takes
+    longer than all else, so it is done for a report, or to name the block in the error.
 
     UserWarning in train mode (the plain model uses running statistics, so outputs differ from those of training), and
     for BatchNorms inside blocks whose statistics are untouched or not finite. ValueError for those that keep none.
     """
-    _warn_about(model)
+    with_blocks = report is not None
+    report = ReparameterizeReport() if report is None else report
+    for text in _doubts_about(model):
+        report.warnings.append(text)
+        warnings.warn(f"reparameterize: {text}", UserWarning, stacklevel=2)
     if not inplace:
         model = copy.deepcopy(model)
-    reference = None if verify is None else Reference(model, verify)
-    ungroup_squeeze(model)
-    plain_of: dict[nn.Module, RepBlock] = {}
+    try:
+        reference = None if verify is None else Reference(model, verify)
+        ungroup_squeeze(model)
+        model, block_of = _replace_blocks(model, report)
+        if reference is not None:
+            check_same_function(model, reference, block_of, report, with_blocks=with_blocks)
+    except ValueError as problem:
+        raise ValueError(f"reparameterize: {problem}") from problem
+    _logger.info("reparameterize: %s", report)
+    return model
+
+
+def _replace_blocks(model: nn.Module, report: ReparameterizeReport) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """The model with plain modules, and plain module -> the block it came from."""
+    block_of: dict[nn.Module, nn.Module] = {}
 
     def pick(name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, RepBlock):
+        if not is_block(module):
             return None
+        fuse: Callable[[], nn.Module] = getattr(module, "fuse")  # noqa: B009 nn.Module declares no such method
         try:
-            plain = module.fuse()
+            plain = fuse()
         except ValueError as problem:
-            raise ValueError(f"reparameterize: block {name or '(root)'}: {problem}") from problem
-        plain_of[plain] = module
+            raise ValueError(f"block {name or '(root)'}: {problem}") from problem
+        report.converted[name] = type(module).__name__
+        # What a block keeps as it is (an activation, a gate) may hold a block itself.
+        for child, part in list(plain.named_children()):
+            plain._modules[child] = replace_modules(part, _under(f"{name}.{child}" if name else child, pick))
+        block_of[plain] = module
         return plain
 
-    model = replace_modules(model, pick)
-    if reference is not None:
-        check_same_function(model, reference, plain_of)
-    return model
+    return replace_modules(model, pick), block_of
+
+
+def _under(prefix: str, pick: _Pick) -> _Pick:
+    """`pick` with names that start at the root of the model."""
+    return lambda name, module: pick(f"{prefix}.{name}" if name else prefix, module)
 
 
 def _norms_in_blocks(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     seen: set[int] = set()
     for prefix, block in model.named_modules():
-        if isinstance(block, RepBlock):
+        if is_block(block):
             for name, norm in block.named_modules(prefix=prefix):
                 if isinstance(norm, _BatchNorm) and id(norm) not in seen:
                     seen.add(id(norm))
                     yield name, norm
 
 
-def _warn_about(model: nn.Module) -> None:
-    blocks = [module for module in model.modules() if isinstance(module, RepBlock)]
-    if not blocks:
-        return
-    if any(block.training for block in blocks):
-        warnings.warn(
-            "reparameterize: the model is in train mode. The plain model uses the running statistics of its "
-            "BatchNorms, as the model does after model.eval(); compare the two in eval mode.",
-            UserWarning,
-            stacklevel=3,
+def _doubts_about(model: nn.Module) -> Iterator[str]:
+    """Why the plain model may not be what the user expects, in words."""
+    if any(is_block(module) and module.training for module in model.modules()):
+        yield (
+            "the model is in train mode. The plain model uses the running statistics of its BatchNorms, as the model "
+            "does after model.eval(); compare the two in eval mode."
         )
     untouched, broken = [], []
     for name, norm in _norms_in_blocks(model):
@@ -94,18 +128,12 @@ def _warn_about(model: nn.Module) -> None:
         elif norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 and _is_fresh(norm):
             untouched.append(name)
     if untouched:
-        warnings.warn(
-            "reparameterize: these BatchNorms have never seen data (mean 0, variance 1), so what is folded is "
-            f"not what training would give: {', '.join(untouched)}",
-            UserWarning,
-            stacklevel=3,
+        yield (
+            "these BatchNorms have never seen data (mean 0, variance 1), so what is folded is not what training would "
+            f"give: {', '.join(untouched)}"
         )
     if broken:
-        warnings.warn(
-            f"reparameterize: these BatchNorms have NaN or infinite statistics: {', '.join(broken)}",
-            UserWarning,
-            stacklevel=3,
-        )
+        yield f"these BatchNorms have NaN or infinite statistics: {', '.join(broken)}"
 
 
 def _is_fresh(norm: _BatchNorm) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repkern.nn._surgery import names_of_modules
-from repkern.nn.block import RepBlock
 
-__all__ = ["Example", "Reference", "check_same_function"]
+__all__ = ["Difference", "Example", "Reference", "ReparameterizeReport", "check_same_function", "floating_tensors"]
 
 Example = Tensor | Sequence[Any]
 
@@ -24,16 +24,17 @@ _FEW_EPS = 32
 _WITHOUT_REFERENCE = 4096
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def floating_tensors(value: Any) -> Iterator[Tensor]:
+    """The floating tensors in nested dictionaries, lists and tuples, in order."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from floating_tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from floating_tensors(item)
 
 
 def _double(value: Any) -> Any:
@@ -52,10 +53,100 @@ def _run(model: nn.Module, args: Sequence[Any]) -> list[Tensor]:
     model.eval()
     try:
         with torch.no_grad():
-            return [output.to("cpu", copy=True) for output in _tensors(model(*args))]
+            return [output.to("cpu", copy=True) for output in floating_tensors(model(*args))]
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a tensor of the plain model is from the training form's, at its worst element.
+
+    name, kind: "output" and "", or a block's name and class. absolute: |plain - training form|, the latter in float64
+    where it runs there. largest: the largest |value| of the tensor; relative: absolute / largest. bound: what
+    `absolute` may be. index: where in the tensor.
+    """
+
+    name: str
+    kind: str
+    absolute: float
+    largest: float
+    bound: float
+    index: tuple[int, ...]
+
+    @property
+    def relative(self) -> float:
+        """The difference in units of the largest value."""
+        if self.absolute == 0:
+            return 0.0
+        return self.absolute / self.largest if self.largest else float("inf")
+
+    @property
+    def within_bound(self) -> bool:
+        """False also for a difference that is NaN."""
+        return self.absolute <= self.bound
+
+    def __str__(self) -> str:
+        kind = f" ({self.kind})" if self.kind else ""
+        return (
+            f"{self.name}{kind}: {self.absolute:.3g} at {list(self.index)}, {self.relative:.3g} of the largest value "
+            f"{self.largest:.3g}, the bound is {self.bound:.3g}"
+        )
+
+
+@dataclass
+class ReparameterizeReport:
+    """What `reparameterize` did and found.
+
+    converted: name of every block -> its class, in registration order. warnings: their texts. With verify: outputs,
+    one `Difference` each; blocks, each on the input it had in the plain model, in calling order, of several calls the
+    worst; float64: whether the training form ran in float64, so that its own rounding is known.
+    """
+
+    converted: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    outputs: list[Difference] = field(default_factory=list)
+    blocks: list[Difference] = field(default_factory=list)
+    float64: bool = False
+
+    @property
+    def worst_output(self) -> Difference | None:
+        """The output with the largest relative difference; None without verify."""
+        return max(self.outputs, key=lambda output: output.relative, default=None)
+
+    @property
+    def worst_block(self) -> Difference | None:
+        """The block with the largest relative difference on its own input; None without verify."""
+        return max(self.blocks, key=lambda block: block.relative, default=None)
+
+    @property
+    def first_beyond(self) -> Difference | None:
+        """The first block in calling order that differs by more than its bound."""
+        return next((block for block in self.blocks if not block.within_bound), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values (infinite differences as strings)."""
+        worst = {"worst_output": self.worst_output, "worst_block": self.worst_block, "first_beyond": self.first_beyond}
+        return {
+            "converted": self.converted,
+            "warnings": self.warnings,
+            "outputs": [_as_json(output) for output in self.outputs],
+            "float64": self.float64,
+            **{name: None if difference is None else _as_json(difference) for name, difference in worst.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"converted {len(self.converted)} blocks"]
+        lines += [f"  {output}" for output in self.outputs]
+        if self.worst_block is not None:
+            lines.append(f"  worst block {self.worst_block}")
+        return "\n".join(lines)
+
+
+def _as_json(difference: Difference) -> dict[str, Any]:
+    values = asdict(difference) | {"relative": difference.relative, "within_bound": difference.within_bound}
+    return {name: str(value) if value in (float("inf"), float("-inf")) else value for name, value in values.items()}
 
 
 class Reference:
@@ -66,7 +157,7 @@ class Reference:
         self.args: Sequence[Any] = (example,) if isinstance(example, Tensor) else tuple(example)
         self.outputs = _run(model, self.args)
         if not self.outputs:
-            raise ValueError("reparameterize: the model returns no floating-point tensor to verify")
+            raise ValueError("the model returns no floating-point tensor to verify")
         self.exact = self._in_float64(model)
 
     def _in_float64(self, model: nn.Module) -> list[Tensor] | None:
@@ -77,20 +168,38 @@ class Reference:
         except Exception:  # user code may insist on a dtype, and a device may lack float64
             return None
 
+    def differences(self, outputs: Sequence[Tensor], names: Sequence[str], kind: str = "") -> list[Difference]:
+        """How far `outputs` (as many as the reference's, of the same shapes, on the CPU) are from the reference."""
+        if [output.shape for output in outputs] != [output.shape for output in self.outputs]:
+            shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (outputs, self.outputs)]
+            raise ValueError(f"the outputs have the shapes {shapes[0]}, the training form's are {shapes[1]}")
+        found = []
+        for at, (name, output, trained) in enumerate(zip(names, outputs, self.outputs, strict=True)):
+            exact = None if self.exact is None else self.exact[at]
+            wanted = trained.double() if exact is None else exact
+            absolute, index = _worst(output.double() - wanted)
+            found.append(Difference(name, kind, absolute, _largest(trained), _bound(trained, exact), index))
+        return found
+
 
 def _raise_on_nonfinite(model: nn.Module) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
-        raise ValueError(f"reparameterize: NaN or infinite values in {', '.join(broken)}; verification is meaningless")
+        raise ValueError(f"NaN or infinite values in {', '.join(broken)}; verification is meaningless")
 
 
-def _largest(difference: Tensor) -> float:
-    """The largest absolute value; infinity when there is a NaN."""
+def _worst(difference: Tensor) -> tuple[float, tuple[int, ...]]:
+    """The largest absolute value and its index; infinity when there is a NaN."""
     if difference.numel() == 0:
-        return 0.0
-    value = float(difference.abs().max())
-    return float("inf") if value != value else value
+        return 0.0, ()
+    size = difference.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    at = size.argmax()
+    return float(size.max()), tuple(int(i) for i in torch.unravel_index(at, size.shape))
+
+
+def _largest(tensor: Tensor) -> float:
+    return _worst(tensor)[0]
 
 
 def _bound(output: Tensor, exact: Tensor | None) -> float:
@@ -100,40 +209,52 @@ def _bound(output: Tensor, exact: Tensor | None) -> float:
     return max(_SLACK * _largest(output.double() - exact), _FEW_EPS * unit)
 
 
-def check_same_function(model: nn.Module, reference: Reference, plain_of: dict[nn.Module, RepBlock]) -> None:
-    """ValueError unless `model` gives the reference's outputs, up to the rounding the training form itself shows."""
+def check_same_function(
+    model: nn.Module,
+    reference: Reference,
+    block_of: dict[nn.Module, nn.Module],
+    report: ReparameterizeReport,
+    *,
+    with_blocks: bool,
+) -> None:
+    """Enter into `report` how far `model` is from `reference`; ValueError beyond the training form's own rounding.
+
+    block_of: plain module -> the block it came from. with_blocks: compare those too, which takes longer than all else;
+    done in any case when an output is beyond its bound, to say which block it comes from.
+    """
     outputs = _run(model, reference.args)
-    for at, (plain, trained) in enumerate(zip(outputs, reference.outputs, strict=True)):
-        exact = None if reference.exact is None else reference.exact[at]
-        bound = _bound(trained, exact)
-        difference = _largest(plain.double() - (trained.double() if exact is None else exact))
-        if not difference <= bound:
-            output = f"output {at}" if len(outputs) > 1 else "the output"
-            where = _first_difference(model, reference, plain_of)
-            raise ValueError(
-                f"reparameterize: the plain model differs from the training form: {output} by {difference:.3g} "
-                f"(largest value {_largest(trained):.3g}), the bound is {bound:.3g}; {where}"
-            )
+    names = [f"output {at}" for at in range(len(outputs))] if len(outputs) > 1 else ["the output"]
+    report.float64 = reference.exact is not None
+    report.outputs = reference.differences(outputs, names)
+    beyond = next((output for output in report.outputs if not output.within_bound), None)
+    if with_blocks or beyond is not None:
+        report.blocks = _compare_blocks(model, reference.args, block_of)
+    if beyond is not None:
+        first = report.first_beyond
+        where = "no single block differs by itself, so something outside the blocks changed"
+        if first is not None:
+            where = f"the first block that differs is {first}"
+        raise ValueError(f"the plain model differs from the training form: {beyond}; {where}")
 
 
-def _first_difference(model: nn.Module, reference: Reference, plain_of: dict[nn.Module, RepBlock]) -> str:
-    """In words, the first plain module in calling order that differs from its block on the same input."""
+def _compare_blocks(model: nn.Module, args: Sequence[Any], block_of: dict[nn.Module, nn.Module]) -> list[Difference]:
+    """Every plain module against its block on the same input, in calling order; of several calls the worst."""
     names = names_of_modules(model)
-    found: list[str] = []
+    found: dict[nn.Module, Difference] = {}
 
-    def compare(plain: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        block = Reference(plain_of[plain], args)
-        bound = _bound(block.outputs[0], None if block.exact is None else block.exact[0])
-        wanted = block.outputs[0] if block.exact is None else block.exact[0]
-        difference = _largest(output.double() - wanted.double())
-        if not difference <= bound:
-            name, kind = names[id(plain)] or "(root)", type(plain_of[plain]).__name__
-            found.append(f"the first block that differs is {name} ({kind}), by {difference:.3g}, beyond {bound:.3g}")
+    def compare(plain: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        block = block_of[plain]
+        reference = Reference(block, inputs)
+        outputs = [tensor.cpu() for tensor in floating_tensors(output)]
+        own = [names.get(id(plain)) or "(root)"] * len(outputs)
+        worst = max(reference.differences(outputs, own, type(block).__name__), key=lambda d: d.relative)
+        if plain not in found or worst.relative > found[plain].relative:
+            found[plain] = worst
 
-    handles = [plain.register_forward_hook(compare) for plain in plain_of]
+    handles = [plain.register_forward_hook(compare) for plain in block_of]
     try:
-        _run(model, reference.args)
+        _run(model, args)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "no single block differs by itself, so something outside the blocks changed"
+    return list(found.values())
