@@ -2,14 +2,26 @@
 
 from repkern.ops._library import OPS
 from repkern.ops._select import BACKENDS, available_backends, use_backend
+from repkern.ops.branch_norm_add import (
+    Norm,
+    branch_norm_add,
+    branch_norm_add_backward,
+    branch_norm_statistics,
+    branch_norm_sums,
+)
 from repkern.ops.compose_sequential import compose_sequential
 from repkern.ops.orepa_squeeze import SqueezeBranches, orepa_squeeze, orepa_squeeze_many
 
 __all__ = [
     "BACKENDS",
     "OPS",
+    "Norm",
     "SqueezeBranches",
     "available_backends",
+    "branch_norm_add",
+    "branch_norm_add_backward",
+    "branch_norm_statistics",
+    "branch_norm_sums",
     "compose_sequential",
     "orepa_squeeze",
     "orepa_squeeze_many",

@@ -29,7 +29,10 @@ def error_bounds(op: Op, sample: Sample, dtype: torch.dtype) -> list[Tensor]:
     The standard bound of a sum of n products in any order: gamma_n * sum |a||b|, gamma_n = n u / (1 - n u), where
     sum |a||b| is the op itself on absolute values, and n is the longest sum behind the output (`sample.lengths`).
     Inputs count as exact in `dtype`. An output written in a shorter dtype adds one rounding of its own.
+    An op of another nature brings its own analysis as `sample.bounds`.
     """
+    if sample.bounds is not None:
+        return [bound + _DENORMALS * torch.finfo(dtype).tiny for bound in sample.bounds(sample.args, dtype)]
     magnitudes = _as_list(op.implementation("reference")(*map_tensors(sample.args, lambda t: as_float(t.abs()))))
     u = unit_roundoff(dtype)
     bounds: list[Tensor] = []
