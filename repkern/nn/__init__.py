@@ -4,8 +4,8 @@ from repkern.nn import fold
 from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import ReplaceReport, replace_convs
-from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.custom_l2 import custom_l2, custom_l2_parameters
+from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.group import group_squeeze, ungroup_squeeze
 from repkern.nn.orepa import OREPAConv2d
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem

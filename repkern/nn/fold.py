@@ -25,6 +25,7 @@ __all__ = [
     "fuse_bn",
     "identity_kernel",
     "pad_to",
+    "response_to_constant",
 ]
 
 KernelBias = tuple[Tensor, Tensor | None]
@@ -95,9 +96,14 @@ def compose_sequential(first: KernelBias, second: KernelBias, *, groups: int = 1
     weight = _compose_kernels(first[0], second[0], groups=groups)
     if first[1] is None:
         return weight, second[1]
-    taps = second[0].sum(dim=(2, 3)).unflatten(0, (groups, -1))  # [g, Co/g, Cm/g]
-    through = torch.einsum("got,gt->go", taps, first[1].unflatten(0, (groups, -1))).flatten()
+    through = response_to_constant(second[0], first[1], groups=groups)
     return weight, through if second[1] is None else through + second[1]
+
+
+def response_to_constant(weight: Tensor, value: Tensor, *, groups: int = 1) -> Tensor:
+    """What the convolution with weight [Co, Cm/g, K, K] makes of a map that is value [Cm] everywhere: [Co]."""
+    taps = weight.sum(dim=(2, 3)).unflatten(0, (groups, -1))  # [g, Co/g, Cm/g]
+    return torch.einsum("got,gt->go", taps, value.unflatten(0, (groups, -1))).flatten()
 
 
 def identity_kernel(

@@ -1,0 +1,106 @@
+"""The branches with a norm in their middle: 1x1, norm, padding, then a KxK convolution or average pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repkern.nn._norm_state import uses_batch
+from repkern.nn.block import RepBlock
+from repkern.nn.branch_sum import norm_scale_shift
+from repkern.nn.fold import KernelBias, response_to_constant
+from repkern.nn.recompute import Recompute, current_tape
+
+__all__ = ["BORDERS", "InnerNorm", "averaged", "averaging_kernel", "convolve"]
+
+#: Values of the blocks' option `border`: what the padding around a normed map holds.
+BORDERS = ("exact", "released")
+
+
+def averaging_kernel(channels: int, kernel_size: int, like: Tensor) -> Tensor:
+    """[C, 1, K, K] of 1 / K^2, at least float32: average pooling as a depthwise convolution, which can be dilated."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    value = torch.full((1, 1, 1, 1), 1 / kernel_size**2, dtype=wide, device=like.device)
+    return value.expand(channels, 1, kernel_size, kernel_size)
+
+
+def averaged(pointwise: KernelBias, kernel_size: int) -> KernelBias:
+    """The K x K convolution that is the 1x1 ([Co, Ci/g, 1, 1], bias) and average pooling of its result."""
+    weight, bias = pointwise
+    return (weight / kernel_size**2).expand(-1, -1, kernel_size, kernel_size), bias
+
+
+def convolve(block: RepBlock, y: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """y [N, Cm, H, W] convolved at the block's stride, padding and dilation, in y's dtype."""
+    weight = weight.to(y.dtype)
+    bias = None if bias is None else bias.to(y.dtype)
+    if block.padding_mode == "zeros":
+        return functional.conv2d(y, weight, bias, block.stride, block._pad, block.dilation, groups)
+    return functional.conv2d(block._padded(y), weight, bias, block.stride, 0, block.dilation, groups)
+
+
+class InnerNorm(NamedTuple):
+    """conv(pad(norm(pointwise(x)))), where neither the normed nor the padded map is written.
+
+    With norm(y) = scale * y + shift and a border of norm(0) = shift, that is conv(y) with zero padding and the kernel
+    scaled per input channel, plus a constant per output channel. outer: the norm that follows. border: of `BORDERS`.
+    remake: whether pointwise(x) is made again in the backward instead of kept.
+    """
+
+    block: RepBlock
+    pointwise: Callable[[Tensor], Tensor]
+    norm: nn.Module
+    outer: nn.Module
+    border: str
+    remake: bool = False
+
+    def convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """x [N, Ci, H, W], weight [Co, Cm/g, K, K] of `groups` groups -> [N, Co, H', W']."""
+        if not self.remake or not _can_remake(x):
+            return self._convolve(self.pointwise(x), weight, groups)
+        again = Recompute()
+        y = again.make(self.pointwise, x)
+        with again.dropping():
+            return self._convolve(y, weight, groups)
+
+    def _convolve(self, y: Tensor, weight: Tensor, groups: int) -> Tensor:
+        scale, shift = norm_scale_shift(y, self.norm)
+        if self.border == "released" and self.block.padding_mode == "zeros":
+            return self._with_released_border(y, scale, shift, weight, groups)
+        constant = response_to_constant(weight.to(scale.dtype), shift, groups=groups)
+        if isinstance(self.outer, _BatchNorm) and uses_batch(self.outer):
+            # Its gradient is zero: spare the backward a pass over the map, but let every parameter have a gradient.
+            scale, constant = scale + 0 * shift, constant.detach()
+        per_input = scale.unflatten(0, (groups, 1, -1))[..., None, None]
+        scaled = (weight.unflatten(0, (groups, -1)) * per_input).flatten(0, 1)
+        return convolve(self.block, y, scaled, constant, groups)
+
+    def _with_released_border(self, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """As the released code: the border is norm(0) by the running statistics after this batch, without gradient."""
+        tape = current_tape()
+        replaying = tape is not None and tape.replaying
+        border = tape.next() if tape is not None and replaying else _norm_of_zero(self.norm).to(scale.dtype)
+        if tape is not None and not replaying:
+            tape.note(border)
+        above = (y * scale[:, None, None] + (shift - border)[:, None, None]).to(y.dtype)
+        constant = response_to_constant(weight.to(scale.dtype), border, groups=groups)
+        return convolve(self.block, above, weight, constant, groups)
+
+
+def _can_remake(x: Tensor) -> bool:
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not compiled and not torch._C._are_functorch_transforms_active() and Recompute.possible(x)
+
+
+@torch.no_grad()
+def _norm_of_zero(norm: Any) -> Tensor:
+    if norm.running_mean is None:
+        raise ValueError("border='released' needs inner norms with running statistics; use border='exact'")
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    value = -norm.running_mean * (scale if norm.weight is None else scale * norm.weight)
+    return value if norm.bias is None else value + norm.bias
