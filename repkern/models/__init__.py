@@ -1,6 +1,7 @@
 """Networks by name, their checkpoints, and the segmentation head over them."""
 
 from repkern.models.network import Feature, Network
+from repkern.models.pspnet import PSPNet
 from repkern.models.registry import create_model, default_block, list_models
 
-__all__ = ["Feature", "Network", "create_model", "default_block", "list_models"]
+__all__ = ["Feature", "Network", "PSPNet", "create_model", "default_block", "list_models"]

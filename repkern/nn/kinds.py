@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -59,7 +58,6 @@ def check_kind(kind: str, options: Mapping[str, Any]) -> None:
         )
 
 
-@functools.cache
 def _keywords(block: type[RepBlock]) -> frozenset[str]:
     """The options of a block class beyond those every block has."""
     shared = {"self", "activation", "padding_mode", "se", "post_se", "device", "dtype", *check_geometry.__annotations__}
