@@ -1,28 +1,38 @@
 """Re-parameterizable blocks, and the conversion of whole models to and from them."""
 
 from repkern.nn import fold
+from repkern.nn.acb import ACBlock
 from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import ReplaceReport, replace_convs
+from repkern.nn.csla import CSLABlock
 from repkern.nn.custom_l2 import custom_l2, custom_l2_parameters
 from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.group import group_squeeze, ungroup_squeeze
+from repkern.nn.mobileone import MobileOneBlock
 from repkern.nn.orepa import OREPAConv2d
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
 from repkern.nn.orepa_repvgg import OREPARepVGGBlock
+from repkern.nn.qarepvgg import QARepVGGBlock
 from repkern.nn.reparameterize import reparameterize
+from repkern.nn.repghost import RepGhostModule
 from repkern.nn.repvgg import RepVGGBlock
 from repkern.nn.squeeze_excite import SqueezeExcite
 from repkern.nn.verify import ReparameterizeReport
 
 __all__ = [
+    "ACBlock",
+    "CSLABlock",
     "ConvNormAct",
     "DiverseBranchBlock",
+    "MobileOneBlock",
     "OREPABlock",
     "OREPAConv2d",
     "OREPADeepStem",
     "OREPARepVGGBlock",
+    "QARepVGGBlock",
     "RepBlock",
+    "RepGhostModule",
     "RepVGGBlock",
     "ReparameterizeReport",
     "ReplaceReport",

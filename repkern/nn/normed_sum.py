@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,13 @@ from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel
 from repkern.nn.geometry import Geometry
 from repkern.nn.squeeze_excite import SEBlock
 
-__all__ = ["NormedSumBlock", "solve_before_norm", "wide"]
+__all__ = ["NormedSumBlock", "plain_conv", "solve_before_norm", "wide"]
+
+
+def plain_conv(geometry: Geometry, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Conv2d:
+    """The KxK convolution of a branch, without bias."""
+    options: dict[str, Any] = {"padding_mode": geometry.padding_mode, "device": device, "dtype": dtype}
+    return nn.Conv2d(*geometry[:7], bias=False, **options)
 
 
 def wide(weight: Tensor) -> Tensor:
@@ -52,7 +59,8 @@ class NormedSumBlock(SEBlock):
     `_main_kernel`, `_set_main_kernel` and `_folded_others`, and have `identity_bn` (None where there is no identity).
     """
 
-    #: The dotted name of the main branch's norm.
+    #: The dotted names of the main branch's module and of its norm.
+    _main = "dense"
     _main_norm = "dense_bn"
 
     identity_bn: nn.Module | None
@@ -94,21 +102,28 @@ class NormedSumBlock(SEBlock):
         y = branch_norm_sum(x, self._branches(), self.activation, recompute=self.recompute)
         return y if self.post_se is None else self.post_se(y)
 
-    def _fold(self) -> KernelBias:
-        kernel = self._main_kernel()
-        main = fuse_bn(wide(kernel), None, self.get_submodule(self._main_norm))
+    def _folded_sum(self) -> tuple[Tensor, Tensor]:
+        """The sum as a convolution, in at least float32."""
+        main = fuse_bn(wide(self._main_kernel()), None, self.get_submodule(self._main_norm))
         weight, bias = add_branches([main, *self._folded_others(main[0])])
         assert bias is not None
-        return weight.to(kernel.dtype), bias.to(kernel.dtype)
+        return weight, bias
+
+    def _fold(self) -> KernelBias:
+        weight, bias = self._folded_sum()
+        return weight.to(self.kernel_dtype), bias.to(self.kernel_dtype)
+
+    @property
+    def kernel_dtype(self) -> torch.dtype:
+        """That of the main branch's kernel, and so of the deployed convolution."""
+        return next(self.get_submodule(self._main).parameters()).dtype
 
     def _folded_identity(self, like: Tensor) -> list[KernelBias]:
-        """The identity branch as a convolution; nothing where there is none."""
-        if self.identity_bn is None:
-            return []
-        kernel = identity_kernel(
-            self.in_channels, self.kernel_size[0], self.groups, dtype=like.dtype, device=like.device
-        )
-        return [fuse_bn(kernel, None, self.identity_bn)]
+        """The normed identity branch as a convolution; nothing where there is none."""
+        return [] if self.identity_bn is None else [fuse_bn(self._identity_kernel(like), None, self.identity_bn)]
+
+    def _identity_kernel(self, like: Tensor) -> Tensor:
+        return identity_kernel(self.in_channels, self.kernel_size[0], self.groups, dtype=like.dtype, device=like.device)
 
     @torch.no_grad()
     def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:

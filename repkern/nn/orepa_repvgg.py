@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from repkern.nn.geometry import Pair, check_geometry
 from repkern.nn.orepa import OREPAConv2d
-from repkern.nn.repvgg import RepVGGForm
+from repkern.nn.repvgg import _OneDense
 
 __all__ = ["OREPARepVGGBlock"]
 
@@ -15,7 +15,7 @@ __all__ = ["OREPARepVGGBlock"]
 _SQUEEZED = ("origin", "avg", "prior", "1x1-KxK", "dw-pw")
 
 
-class OREPARepVGGBlock(RepVGGForm):
+class OREPARepVGGBlock(_OneDense):
     """post_se(activation(se( BN(squeezed KxK) + BN(1x1) [+ BN(x) when Ci = Co, stride 1 and the size is kept] ))).
 
     The OREPA-VGG block of paper 2204.00826, Sec. 4.3, for any odd K >= 3, groups (depthwise included), dilation and

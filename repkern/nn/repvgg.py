@@ -11,42 +11,32 @@ from repkern.nn.branch_sum import Branch
 from repkern.nn.custom_l2 import equivalent_l2
 from repkern.nn.fold import KernelBias, fuse_bn, pad_to
 from repkern.nn.geometry import Geometry, Pair, check_geometry
-from repkern.nn.normed_sum import NormedSumBlock
+from repkern.nn.normed_sum import NormedSumBlock, plain_conv
 
 __all__ = ["RepVGGBlock", "RepVGGForm"]
 
 
 class RepVGGForm(NormedSumBlock):
-    """norm(main KxK) + norm(1x1) [+ norm(x)]: what RepVGGBlock and OREPARepVGGBlock share.
+    """norm(1x1) [+ norm(x)] beside one or several KxK branches: RepVGGBlock, OREPARepVGGBlock and MobileOneBlock.
 
-    dense: the module that makes the main branch's map.
+    Subclasses call `_add_side_branches` at the end of __init__, and add their KxK branches to `_branches`.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dense: nn.Module,
-        activation: nn.Module | None,
-        se: int | None,
-        post_se: int | None,
-        recompute: str,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(geometry, activation, se, post_se, recompute, device, dtype)
+    pointwise: nn.Conv2d | None
+    pointwise_bn: nn.Module | None
+
+    def _add_side_branches(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Where K = 1 the 1x1 branch would be `dense` once more."""
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels = self.in_channels, self.out_channels
-        self.dense = dense
-        self.dense_bn = nn.BatchNorm2d(self.out_channels, **factory)
-        has_pointwise = self.kernel_size[0] > 1
-        self.pointwise = (
-            nn.Conv2d(*channels, 1, self.stride, groups=self.groups, bias=False, **factory) if has_pointwise else None
-        )
-        self.pointwise_bn = nn.BatchNorm2d(self.out_channels, **factory) if has_pointwise else None
-        self.identity_bn = nn.BatchNorm2d(self.out_channels, **factory) if self._keeps_positions else None
+        ci, co = self.in_channels, self.out_channels
+        self.pointwise = self.pointwise_bn = None
+        if self.kernel_size[0] > 1:
+            self.pointwise = nn.Conv2d(ci, co, 1, self.stride, groups=self.groups, bias=False, **factory)
+            self.pointwise_bn = nn.BatchNorm2d(co, **factory)
+        self.identity_bn = nn.BatchNorm2d(co, **factory) if self._keeps_positions else None
 
     def _branches(self) -> list[Branch]:
-        branches = [Branch(self.dense_bn, self.dense)]
+        branches = []
         if self.pointwise is not None:
             branches.append(Branch(self.pointwise_bn, self._pointwise_map, cheap=True))
         if self.identity_bn is not None:
@@ -66,12 +56,35 @@ class RepVGGForm(NormedSumBlock):
         return folded + self._folded_identity(like)
 
 
-class RepVGGBlock(RepVGGForm):
+class _OneDense(RepVGGForm):
+    """With one KxK branch: `dense` makes its map."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        dense: nn.Module,
+        activation: nn.Module | None,
+        se: int | None,
+        post_se: int | None,
+        recompute: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(geometry, activation, se, post_se, recompute, device, dtype)
+        self.dense = dense
+        self.dense_bn = nn.BatchNorm2d(self.out_channels, device=device, dtype=dtype)
+        self._add_side_branches(device, dtype)
+
+    def _branches(self) -> list[Branch]:
+        return [Branch(self.dense_bn, self.dense), *super()._branches()]
+
+
+class RepVGGBlock(_OneDense):
     """post_se(activation(se( BN(KxK) + BN(1x1) [+ BN(x) when Ci = Co, stride 1 and the size is kept] ))).
 
     The block of RepVGG (paper 2101.03697, Sec. 3.2), for any odd K, stride, padding, dilation, groups and padding_mode,
-    which the training and the deployed form honour alike (the released training form ignores the last two of these).
-    K = 1 has no 1x1 branch besides `dense`. padding: None keeps the size at stride 1.
+    which the training and the deployed form honour alike (the released training form ignores dilation and
+    padding_mode). K = 1 has no 1x1 branch besides `dense`. padding: None keeps the size at stride 1.
     se, post_se: channels that a squeeze-excite before or after the activation reduces to; None for none (RepVGG-D2se:
     se = Co // 16; RepVGGplus: post_se = Co // 4). It stays when the block is fused.
     recompute: "cheap" makes the 1x1 map again in the backward instead of keeping it.
@@ -102,7 +115,7 @@ class RepVGGBlock(RepVGGForm):
         geometry = check_geometry(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
-        dense = nn.Conv2d(*geometry[:7], False, padding_mode, device=device, dtype=dtype)
+        dense = plain_conv(geometry, device, dtype)
         super().__init__(geometry, dense, activation, se, post_se, recompute, device, dtype)
 
     def _main_kernel(self) -> Tensor:

@@ -1,0 +1,116 @@
+"""CSLABlock: RepOptimizers' Constant-Scale Linear Addition, trained as one convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from repkern.nn.branch_sum import Branch, branch_norm_sum
+from repkern.nn.fold import KernelBias, pad_to
+from repkern.nn.geometry import Pair, check_dtype, check_geometry
+from repkern.nn.normed_sum import plain_conv, wide
+from repkern.nn.orepa_block import _NormedBlock
+
+__all__ = ["TRAIN_SCALES", "CSLABlock"]
+
+#: Which scales are trained: all (Hyper-Search), the identity's (the paper's CSLA block), none.
+TRAIN_SCALES = ("all", "identity", "none")
+_SCALES = ("dense_scale", "pointwise_scale", "identity_scale")
+
+
+class CSLABlock(_NormedBlock):
+    """activation(BN( dense_scale * KxK(x) + pointwise_scale * 1x1(x) [+ identity_scale * x] )).
+
+    The linear block of RepOptimizers (paper 2205.15242, Sec. 3.2), whose training by SGD is what the plain KxK layer
+    does with gradients multiplied by dense_scale^2, + pointwise_scale^2 at the centre, + 1 on its diagonal. Everything
+    before the norm is linear, so the forward adds the three kernels and runs one convolution, with exact gradients to
+    every kernel and scale: no branch map exists. The identity is there when Ci = Co, stride 1 and the size is kept.
+    K = 1 has no 1x1 branch besides `dense` (the form of RepOpt-GhostNet). Any odd K, stride, padding (None keeps the
+    size at stride 1), dilation, groups and padding_mode.
+
+    train_scales: one of `TRAIN_SCALES`; the other scales are parameters that require no gradient.
+    dense_scale, pointwise_scale, identity_scale: initial values, a number or a tensor [Co].
+    Submodules and parameters: `dense`, `pointwise`, `bn`, and the scales [Co]; what is absent is None.
+    Input [N, Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
+    """
+
+    dense_scale: nn.Parameter
+    pointwise_scale: nn.Parameter | None
+    identity_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair = 3,
+        stride: Pair = 1,
+        padding: str | Pair | None = None,
+        dilation: Pair = 1,
+        groups: int = 1,
+        *,
+        activation: nn.Module | None = None,
+        padding_mode: str = "zeros",
+        train_scales: str = "identity",
+        dense_scale: float | Tensor = 1.0,
+        pointwise_scale: float | Tensor = 1.0,
+        identity_scale: float | Tensor = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_dtype(dtype)
+        geometry = check_geometry(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        if train_scales not in TRAIN_SCALES:
+            raise ValueError(f"train_scales must be one of {', '.join(TRAIN_SCALES)}, got {train_scales!r}")
+        super().__init__(geometry, activation, device, dtype)
+        self.train_scales = train_scales
+        self.dense = plain_conv(geometry, device, dtype)
+        self.pointwise: nn.Conv2d | None = None
+        if self.kernel_size[0] > 1:
+            self.pointwise = nn.Conv2d(
+                in_channels, out_channels, 1, stride, groups=groups, bias=False, device=device, dtype=dtype
+            )
+        present = (True, self.pointwise is not None, self._keeps_positions)
+        given = (dense_scale, pointwise_scale, identity_scale)
+        for name, value, is_there in zip(_SCALES, given, present, strict=True):
+            self.register_parameter(name, self._scale(name, value) if is_there else None)
+
+    def _scale(self, name: str, value: float | Tensor) -> nn.Parameter:
+        scale = torch.ones_like(self.dense.weight[:, 0, 0, 0]).detach()
+        start = torch.as_tensor(value, dtype=scale.dtype, device=scale.device).detach()
+        if start.dim() > 1 or start.numel() not in (1, scale.numel()):
+            raise ValueError(f"{name} must be a number or [{scale.numel()}], got {tuple(start.shape)}")
+        trained = self.train_scales == "all" or (self.train_scales == "identity" and name == "identity_scale")
+        return nn.Parameter(scale * start, requires_grad=trained)
+
+    def summed_kernel(self) -> Tensor:
+        """[Co, Ci/g, K, K]: the kernel before the norm, with a gradient to every kernel and trained scale."""
+        kernel = wide(self.dense.weight) * self.dense_scale[:, None, None, None]
+        centre: Tensor | None = None
+        if self.pointwise is not None and self.pointwise_scale is not None:
+            centre = wide(self.pointwise.weight) * self.pointwise_scale[:, None, None, None]
+        if self.identity_scale is not None:
+            blocks = torch.diag_embed(wide(self.identity_scale).unflatten(0, (self.groups, -1)))
+            diagonal = blocks.flatten(0, 1)[:, :, None, None]
+            centre = diagonal if centre is None else centre + diagonal
+        if centre is not None:
+            kernel = kernel + pad_to(centre, self.kernel_size[0])
+        return kernel.to(self.dense.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, Ci, H, W] -> [N, Co, H', W']."""
+        return branch_norm_sum(x, [Branch(self.bn, self._map)], self.activation)
+
+    def _map(self, x: Tensor) -> Tensor:
+        return self._conv(x, self.summed_kernel(), None)
+
+    def _fold(self) -> KernelBias:
+        return self._normed(self.summed_kernel())
+
+    def _set_kernel(self, weight: Tensor) -> None:
+        scale = self.dense_scale.double()
+        if not scale.all():
+            raise ValueError("`dense_scale` is 0 for a channel, so no kernel behind it gives the wanted one")
+        rest = self.summed_kernel().double() - self.dense.weight.double() * scale[:, None, None, None]
+        self.dense.weight.copy_((weight.double() - rest) / scale[:, None, None, None])
