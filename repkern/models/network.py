@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,6 @@ class Options:
     block_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_kind(self.block, self.block_options)
         _at_least("num_classes", self.num_classes, 0)
         _at_least("in_chans", self.in_chans, 1)
         if self.output_stride not in OUTPUT_STRIDES:
@@ -124,13 +123,17 @@ class Network(HubMixin, nn.Module):
     config: dict[str, Any]
     num_features: int
     feature_info: tuple[Feature, ...]
+    #: Kinds of blocks that only this family has, and the options they take; elsewhere they are conv + BN.
+    own_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, options: Options) -> None:
         super().__init__()
+        check_kind(options.block, options.block_options, self.own_kinds)
         self.model_name = ""
         self.config = {}
         self.block = options.block
         self.options = options
+        self._block_options = dict(options.block_options)
         self.grad_checkpointing = False
         self._steps: tuple[str, ...] = ()
 
@@ -146,8 +149,9 @@ class Network(HubMixin, nn.Module):
         **more: Any,
     ) -> nn.Module:
         """A block of this network's kind (or of `kind`, without the block options), with a ReLU unless told."""
+        kind = "conv_bn" if self.block in self.own_kinds else kind
         own = self.block if kind is None or self.block == "plain" else kind
-        options = dict(self.options.block_options) if own == self.block else {}
+        options = dict(self._block_options) if own == self.block else {}
         if own != "plain" and self.options.recompute != "none":
             options["recompute"] = self.options.recompute
         activation = nn.ReLU() if relu else None

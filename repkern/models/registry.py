@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from repkern.models import mobilenet, repopt_vgg, repvgg, resnet, vgg
+from repkern.models import mobilenet, mobileone, repghostnet, repopt_vgg, repvgg, resnet, vgg
 from repkern.models.network import Network, Options
 
 __all__ = ["create_model", "default_block", "list_models"]
@@ -29,6 +29,8 @@ def _entries() -> dict[str, _Entry]:
         (resnet.ResNet, resnet.MODELS, resnet.DEFAULT_BLOCK),
         (vgg.VGG, vgg.MODELS, vgg.DEFAULT_BLOCK),
         (mobilenet.MobileNetV1, mobilenet.MODELS, mobilenet.DEFAULT_BLOCK),
+        (mobileone.MobileOne, mobileone.MODELS, mobileone.DEFAULT_BLOCK),
+        (repghostnet.RepGhostNet, repghostnet.MODELS, repghostnet.DEFAULT_BLOCK),
     ]
     return {
         name: _Entry(family, variant, block) for family, models, block in families for name, variant in models.items()

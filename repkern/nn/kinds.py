@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from repkern.nn.acb import ACBlock
 from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
+from repkern.nn.csla import CSLABlock
+from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.geometry import Pair, check_geometry
+from repkern.nn.mobileone import MobileOneBlock
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
 from repkern.nn.orepa_repvgg import OREPARepVGGBlock
+from repkern.nn.qarepvgg import QARepVGGBlock
 from repkern.nn.repvgg import RepVGGBlock
 from repkern.nn.squeeze_excite import SqueezeExcite
 
@@ -32,12 +37,19 @@ class _Form(NamedTuple):
 _FORMS: dict[str, tuple[_Form, ...]] = {
     "conv_bn": (_Form(ConvNormAct, 1, 255),),
     "repvgg": (_Form(RepVGGBlock),),
+    "acb": (_Form(ACBlock),),
+    "dbb": (_Form(DiverseBranchBlock),),
     "orepa": (_Form(OREPABlock, 1, 5), _Form(OREPADeepStem, 7, 255)),
     "orepa_vgg": (_Form(OREPARepVGGBlock),),
+    "csla": (_Form(CSLABlock),),
+    "qarepvgg": (_Form(QARepVGGBlock),),
+    "mobileone": (_Form(MobileOneBlock, 1, 255),),
 }
 
+_FACTORY = ("padding_mode", "device", "dtype")
+
 # What a block's identity branch is called; a block without one has None there.
-_IDENTITIES = ("identity_bn", "identity_scale")
+_IDENTITIES = ("identity_bn", "identity_scale", "identity")
 
 #: The main block class of every trainable kind.
 BLOCKS: dict[str, type[RepBlock]] = {kind: forms[0].block for kind, forms in _FORMS.items()}
@@ -46,11 +58,15 @@ BLOCKS: dict[str, type[RepBlock]] = {kind: forms[0].block for kind, forms in _FO
 KINDS: tuple[str, ...] = ("plain", *BLOCKS)
 
 
-def check_kind(kind: str, options: Mapping[str, Any]) -> None:
-    """ValueError for an unknown kind, TypeError for options that none of its classes take; both say what there is."""
-    if kind not in KINDS:
-        raise ValueError(f"block must be one of {', '.join(KINDS)}, got {kind!r}")
-    known = {name for form in _FORMS.get(kind, ()) for name in _keywords(form.block)}
+def check_kind(kind: str, options: Mapping[str, Any], more: Mapping[str, Collection[str]] | None = None) -> None:
+    """ValueError for an unknown kind, TypeError for options that none of its classes take; both say what there is.
+
+    more: further kinds, with their options.
+    """
+    known_kinds = (*KINDS, *(more or {}))
+    if kind not in known_kinds:
+        raise ValueError(f"block must be one of {', '.join(known_kinds)}, got {kind!r}")
+    known = set((more or {}).get(kind, ())) or {name for form in _FORMS.get(kind, ()) for name in _keywords(form.block)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(
@@ -59,9 +75,12 @@ def check_kind(kind: str, options: Mapping[str, Any]) -> None:
 
 
 def _keywords(block: type[RepBlock]) -> frozenset[str]:
-    """The options of a block class beyond those every block has."""
-    shared = {"self", "activation", "padding_mode", "se", "post_se", "device", "dtype", *check_geometry.__annotations__}
-    return frozenset(inspect.signature(block.__init__).parameters) - shared
+    """The options of a block class beyond those that `make_block` names itself."""
+    return frozenset(_arguments(block)) - {"self", *inspect.signature(make_block).parameters, *_FACTORY}
+
+
+def _arguments(block: type[RepBlock]) -> frozenset[str]:
+    return frozenset(inspect.signature(block.__init__).parameters)
 
 
 def make_block(
@@ -88,20 +107,17 @@ def make_block(
     Whatever the kind, the reparameterized state_dict has the keys and shapes of kind="plain".
     """
     geometry = check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-    after = {
-        "se": None if se is None else SqueezeExcite(out_channels, se),
-        "activation": activation,
-        "post_se": None if post_se is None else SqueezeExcite(out_channels, post_se),
-    }
+    wanted = {"se": se, "post_se": post_se}
+    excite = {name: reduced for name, reduced in wanted.items() if reduced is not None}
     if kind == "plain":
-        return _followed(nn.Conv2d(*geometry[:7], bias=True), after)
+        return _followed(nn.Conv2d(*geometry[:7], bias=True), activation, excite)
     check_kind(kind, options)
     block = _form_of(kind, geometry.kernel_size[0])
     taken: dict[str, Any] = {name: value for name, value in options.items() if name in _keywords(block)}
     make: Callable[..., RepBlock] = block
-    if se is None and post_se is None:
-        return _with_identity(make(*geometry[:7], activation=activation, **taken), identity)
-    return _followed(_with_identity(make(*geometry[:7], **taken), identity), after)
+    if set(excite) <= _arguments(block):
+        return _with_identity(make(*geometry[:7], activation=activation, **excite, **taken), identity)
+    return _followed(_with_identity(make(*geometry[:7], **taken), identity), activation, excite)
 
 
 def _form_of(kind: str, kernel_size: int) -> type[RepBlock]:
@@ -109,7 +125,10 @@ def _form_of(kind: str, kernel_size: int) -> type[RepBlock]:
     return next(fitting, ConvNormAct)
 
 
-def _followed(conv: nn.Module, after: Mapping[str, nn.Module | None]) -> nn.Module:
+def _followed(conv: Any, activation: nn.Module | None, excite: Mapping[str, int]) -> nn.Module:
+    """What a block with these computes behind its convolution, under the names they have in its deployed form."""
+    excites = {name: SqueezeExcite(conv.out_channels, reduced) for name, reduced in excite.items()}
+    after = {"se": excites.get("se"), "activation": activation, "post_se": excites.get("post_se")}
     present = {name: module for name, module in after.items() if module is not None}
     return nn.Sequential(OrderedDict(conv=conv, **present)) if present else conv
 

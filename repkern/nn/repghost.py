@@ -31,13 +31,14 @@ class GhostFusion(NormedSumBlock):
         kernel_size: Pair = 3,
         *,
         activation: nn.Module | None = None,
+        dilation: Pair = 1,
         norm_identity: bool = True,
         raw_identity: bool = False,
         recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        geometry = check_geometry(channels, channels, kernel_size, groups=channels)
+        geometry = check_geometry(channels, channels, kernel_size, dilation=dilation, groups=channels)
         super().__init__(geometry, activation, None, None, recompute, device, dtype)
         self.dense = plain_conv(geometry, device, dtype)
         self.dense_bn = nn.BatchNorm2d(channels, device=device, dtype=dtype)
@@ -69,9 +70,9 @@ class RepGhostModule(nn.Module):
     `repkern.reparameterize` fold both, the first one's norm too (the released code leaves that).
 
     kernel_size, stride, padding (None keeps the size at stride 1), dilation, groups: the first convolution's (released:
-    1x1). depthwise_size: odd K of the depthwise one. activation: a module or None; the first half gets a copy of its
-    own. norm_identity, raw_identity: the branches beside the depthwise one (released: reparam_bn, reparam_identity).
-    recompute: "cheap" makes the depthwise map again in the backward instead of keeping it.
+    1x1). depthwise_size, depthwise_dilation: of the depthwise one, K odd. activation: a module or None; the first half
+    gets a copy of its own. norm_identity, raw_identity: the branches beside the depthwise one (released: reparam_bn,
+    reparam_identity). recompute: "cheap" makes the depthwise map again in the backward instead of keeping it.
     Submodules: `primary` (ConvNormAct), `fusion` (GhostFusion). Input [N, Ci, H, W] -> [N, Co, H', W']; ValueError for
     another, and for arguments that cannot be a module.
     """
@@ -90,6 +91,7 @@ class RepGhostModule(nn.Module):
         padding_mode: str = "zeros",
         recompute: str = "none",
         depthwise_size: Pair = 3,
+        depthwise_dilation: Pair = 1,
         norm_identity: bool = True,
         raw_identity: bool = False,
         device: torch.device | str | None = None,
@@ -113,6 +115,7 @@ class RepGhostModule(nn.Module):
             out_channels,
             depthwise_size,
             activation=activation,
+            dilation=depthwise_dilation,
             norm_identity=norm_identity,
             raw_identity=raw_identity,
             recompute=recompute,
