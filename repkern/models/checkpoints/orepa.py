@@ -8,21 +8,20 @@ another order, and its deep stem composes kernels by cross-correlation.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from repkern.models.checkpoints.layout import CONV_BN_DEPLOYED, Block, BlockRule, Layout, deployed, inside, prefixed
 from repkern.nn.fold import dct_kernel
 
-__all__ = ["convert_orepa", "is_orepa"]
+__all__ = ["OREPA"]
 
 _logger = logging.getLogger("repkern")
-_Block = dict[str, Tensor]
 _EXPANSION = 8
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
-_DEPLOYED = re.compile(r"(^|.*\.)(orepa_reparam|or1x1_reparam|or_large_reparam|rbr_reparam)\.(weight|bias)$")
 
 
 def _flip(kernel: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def _average(avg: Tensor, window: Tensor) -> Tensor:
     return _matrix(avg) * (window.flatten()[0] * window.numel())
 
 
-def _prior(prior: Tensor, filters: Tensor, flipped: bool) -> _Block:
+def _prior(prior: Tensor, filters: Tensor, flipped: bool) -> Block:
     """The 1x1 of the prior branch, and its filters where they are not the paper's."""
     prior = _matrix(prior)
     co, k = filters.shape[0], filters.shape[-1]
@@ -72,7 +71,7 @@ def _project(pointwise: Tensor, depthwise: Tensor, channels_per_group: int) -> T
     return pointwise.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1)
 
 
-def _kernel(block: _Block, name: str, *, flipped: bool = False) -> _Block:
+def _kernel(block: Block, name: str, *, flipped: bool = False) -> Block:
     """The tensors of one OREPA kernel; `name` is "orepa" or "rbr", the two spellings of the released code."""
 
     def take(key: str) -> Tensor:
@@ -102,19 +101,11 @@ def _kernel(block: _Block, name: str, *, flipped: bool = False) -> _Block:
     return ours
 
 
-def _prefixed(prefix: str, block: _Block) -> _Block:
-    return {f"{prefix}{name}": tensor for name, tensor in block.items()}
+def _orepa(block: Block) -> Block:
+    return prefixed("conv.", _kernel(block, "orepa")) | prefixed("bn.", inside("bn.", block))
 
 
-def _inside(prefix: str, block: _Block) -> _Block:
-    return {name.removeprefix(prefix): tensor for name, tensor in block.items() if name.startswith(prefix)}
-
-
-def _orepa(block: _Block) -> _Block:
-    return _prefixed("conv.", _kernel(block, "orepa")) | _prefixed("bn.", _inside("bn.", block))
-
-
-def _orepa_1x1(block: _Block) -> _Block:
+def _orepa_1x1(block: Block) -> Block:
     first, second = block["weight_or1x1_l2i_conv1"], block["weight_or1x1_l2i_conv2"]
     out_channels, in_channels = block["weight_or1x1_origin"].shape[:2]
     # OREPAConv2d keeps `reduce` as a deviation from the identity exactly where the released code starts it there.
@@ -125,30 +116,30 @@ def _orepa_1x1(block: _Block) -> _Block:
         "expand": second,
         "scale": block["vector"],
     }
-    return _prefixed("conv.", conv) | _prefixed("bn.", _inside("bn.", block))
+    return prefixed("conv.", conv) | prefixed("bn.", inside("bn.", block))
 
 
-def _deep_stem(block: _Block) -> _Block:
-    ours: _Block = _prefixed("bn.", _inside("bn.", block))
+def _deep_stem(block: Block) -> Block:
+    ours: Block = prefixed("bn.", inside("bn.", block))
     at = 0
     while f"weight{at}" in block or f"weight{at}.vector" in block:
         plain, flipped = block.get(f"weight{at}"), at > 0
         if plain is not None:
             factor = {"weight": _flip(plain) if flipped else plain}
         else:
-            factor = _kernel(_inside(f"weight{at}.", block), "orepa", flipped=flipped)
-        ours |= _prefixed(f"factors.{at}.", factor)
+            factor = _kernel(inside(f"weight{at}.", block), "orepa", flipped=flipped)
+        ours |= prefixed(f"factors.{at}.", factor)
         at += 1
     return ours
 
 
-def _repvgg(block: _Block) -> _Block:
-    dense = _inside("rbr_dense.", block)
-    ours = _prefixed("dense.", _kernel(dense, "rbr"))
-    ours |= _prefixed("dense_bn.", _inside("bn.", dense))
+def _repvgg(block: Block) -> Block:
+    dense = inside("rbr_dense.", block)
+    ours = prefixed("dense.", _kernel(dense, "rbr"))
+    ours |= prefixed("dense_bn.", inside("bn.", dense))
     ours |= {"pointwise.weight": block["rbr_1x1.conv.weight"]}
-    ours |= _prefixed("pointwise_bn.", _inside("rbr_1x1.bn.", block))
-    ours |= _prefixed("identity_bn.", _inside("rbr_identity.", block))
+    ours |= prefixed("pointwise_bn.", inside("rbr_1x1.bn.", block))
+    ours |= prefixed("identity_bn.", inside("rbr_identity.", block))
     return ours
 
 
@@ -160,51 +151,31 @@ _RBR_KEYS = (
     r"(weight_rbr_(origin|avg_conv|pfir_conv|1x1_kxk_(idconv1|conv1|conv2)|gconv_dw|gconv_pw|avg_avg|prior)"
     r"|vector|id_tensor)"
 )
-# (the name that betrays a block, all names of such a block, its conversion); the first that fits a prefix wins.
-_BLOCKS: tuple[tuple[re.Pattern[str], re.Pattern[str], Callable[[_Block], _Block]], ...] = tuple(
-    (re.compile(rf"^(|.*\.){mark}$"), re.compile(rf"^{keys}$"), convert)
-    for mark, keys, convert in (
-        (r"weight0(?:\.vector)?", rf"(weight\d+(\.{_OREPA_KEYS})?|bn\.{_NORM})", _deep_stem),
-        (r"weight_orepa_origin", rf"({_OREPA_KEYS}|bn\.{_NORM})", _orepa),
-        (r"weight_or1x1_origin", rf"(weight_or1x1_(origin|l2i_conv1|l2i_conv2)|vector|bn\.{_NORM})", _orepa_1x1),
-        (
+
+
+def _rule(mark: str, keys: str, convert: Callable[[Block], Block]) -> BlockRule:
+    return BlockRule(mark, rf"{keys}|bn\.{_NORM}", convert)
+
+
+_STEM = _rule(r"weight0(?:\.vector)?", rf"weight\d+(\.{_OREPA_KEYS})?", _deep_stem)
+
+
+OREPA = Layout(
+    "orepa",
+    "JUGGHM/OREPA_CVPR2022",
+    (
+        replace(_STEM, needs=(r"weight1(?:\.vector)?",), before_inner=True),
+        _rule("weight_orepa_origin", _OREPA_KEYS, _orepa),
+        _rule("weight_or1x1_origin", "weight_or1x1_(origin|l2i_conv1|l2i_conv2)|vector", _orepa_1x1),
+        _rule(
             r"rbr_dense\.weight_rbr_origin",
-            rf"(rbr_dense\.({_RBR_KEYS}|bn\.{_NORM})|rbr_1x1\.(conv\.weight|bn\.{_NORM})|rbr_identity\.{_NORM})",
+            rf"rbr_dense\.({_RBR_KEYS}|bn\.{_NORM})|rbr_1x1\.(conv\.weight|bn\.{_NORM})|rbr_identity\.{_NORM}",
             _repvgg,
         ),
-    )
+        deployed("orepa_reparam", activated=False),
+        deployed("or1x1_reparam", activated=False),
+        deployed("or_large_reparam", activated=False),
+        deployed("rbr_reparam", activated=True),
+        CONV_BN_DEPLOYED,
+    ),
 )
-
-
-def is_orepa(tensors: dict[str, Tensor]) -> bool:
-    """Whether any tensor belongs to a block of the released OREPA code."""
-    marks = [mark for mark, _, _ in _BLOCKS[1:]]
-    return any(_DEPLOYED.match(name) or any(mark.match(name) for mark in marks) for name in tensors) or any(
-        _BLOCKS[0][0].match(name) and name.replace("weight0", "weight1", 1) in tensors for name in tensors
-    )
-
-
-def convert_orepa(tensors: dict[str, Tensor], model_names: set[str]) -> dict[str, Tensor]:
-    """A state_dict of the released OREPA code in our names: OREPABlock, OREPADeepStem, OREPARepVGGBlock, plain ones.
-
-    Names of other modules stay. model_names tells where a deployed block of the model has its convolution.
-    ValueError, naming the block, when one of its tensors is absent.
-    """
-    left = dict(tensors)
-    converted: dict[str, Tensor] = {}
-    for mark, keys, convert in _BLOCKS:
-        for prefix in [found.group(1) for found in map(mark.match, list(left)) if found]:
-            names = [name for name in left if name.startswith(prefix) and keys.match(name.removeprefix(prefix))]
-            block = {name.removeprefix(prefix): left.pop(name) for name in names}
-            try:
-                converted |= _prefixed(prefix, convert(block))
-            except KeyError as absent:
-                raise ValueError(f"block {prefix.rstrip('.') or '(root)'}: {absent} is absent") from None
-    for name, tensor in left.items():
-        deployed = _DEPLOYED.match(name)
-        if deployed:
-            prefix, _, kind = deployed.groups()
-            inner = f"{prefix}conv.{kind}"
-            name = inner if inner in model_names else f"{prefix}{kind}"
-        converted[name] = tensor
-    return converted

@@ -5,31 +5,45 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["read_state_dict"]
+__all__ = ["Checkpoint", "read_checkpoint", "read_state_dict"]
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
-def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file, or of a dictionary, by name.
+class Checkpoint(NamedTuple):
+    """The tensors of a checkpoint by name, and the entries that lay beside them (optimizer, epoch, ...)."""
 
-    Wrappers ("state_dict", "model", ...) are opened and a "module." that all names share is taken off. Files are read
-    with weights_only=True, so no code in them runs. FileNotFoundError; ValueError when it is no checkpoint.
+    tensors: dict[str, Tensor]
+    beside: dict[str, Any]
+
+
+def read_checkpoint(source: str | Path | Mapping[str, Any], *, ema: bool = False) -> Checkpoint:
+    """The content of a .safetensors or .pth file, or of a dictionary.
+
+    Wrappers ("state_dict", "model", ...) are opened and a "module." that all names share is taken off. ema: of the
+    wrappers, the one with averaged weights. Files are read with weights_only=True, so no code in them runs.
+    FileNotFoundError; ValueError when it is no checkpoint, or has no averaged weights.
     """
     if isinstance(source, Mapping):
-        return _flat(source, "the dictionary")
+        return _flat(source, "the dictionary", ema)
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    return _flat(_read_file(path), str(path))
+    return _flat(_read_file(path), str(path), ema)
+
+
+def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that `read_checkpoint` finds."""
+    return read_checkpoint(source).tensors
 
 
 def _read_file(path: Path) -> Any:
@@ -51,12 +65,17 @@ def _first_line(problem: Exception) -> str:
     return lines[0] if lines else type(problem).__name__
 
 
-def _flat(source: Any, where: str) -> dict[str, Tensor]:
+def _flat(source: Any, where: str, ema: bool) -> Checkpoint:
+    beside: dict[str, Any] = {}
+    averaged = False
     while isinstance(source, Mapping) and not _all_tensors(source):
-        inner = next((source[name] for name in _WRAPPERS if isinstance(source.get(name), Mapping)), None)
-        if inner is None:
+        name = next((name for name in _AVERAGED if ema and isinstance(source.get(name), Mapping)), None)
+        averaged = averaged or name is not None
+        name = name or next((name for name in _WRAPPERS if isinstance(source.get(name), Mapping)), None)
+        if name is None:
             break
-        source = inner
+        beside |= {str(other): value for other, value in source.items() if other != name}
+        source = source[name]
     if not isinstance(source, Mapping):
         raise ValueError(f"{where} must hold a dictionary of tensors, got {type(source).__name__}")
     if not source:
@@ -64,11 +83,16 @@ def _flat(source: Any, where: str) -> dict[str, Tensor]:
     foreign = [f"{name} ({type(value).__name__})" for name, value in source.items() if not isinstance(value, Tensor)]
     if foreign or not all(isinstance(name, str) for name in source):
         raise ValueError(f"{where} must hold tensors by name, but also holds: {', '.join(foreign) or 'unnamed ones'}")
-    tensors = dict(source)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+    if ema and not averaged:
+        raise ValueError(f"{where} holds no averaged weights ({', '.join(_AVERAGED)}); use ema=False")
+    return Checkpoint(_without_prefixes(dict(source)), beside)
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in tensors)), None)
+    if prefix is None:
+        return tensors
+    return _without_prefixes({name.removeprefix(prefix): value for name, value in tensors.items()})
 
 
 def _all_tensors(source: Mapping[str, Any]) -> bool:

@@ -1,0 +1,207 @@
+"""What a released layout is made of, and the conversion of its blocks wherever they sit in a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+__all__ = [
+    "CONV_BN_DEPLOYED",
+    "SE",
+    "Block",
+    "BlockRule",
+    "Conversion",
+    "Found",
+    "Layout",
+    "convert_blocks",
+    "deployed",
+    "inside",
+    "prefixed",
+    "renamed",
+]
+
+#: The tensors of one block, by their names inside it.
+Block = dict[str, Tensor]
+
+#: Squeeze-excite before and after the activation, where its convolutions are named as ours.
+SE = {"se": "se", "post_se": "post_se"}
+
+_REST = r"(?:\..+)?"
+
+
+def prefixed(prefix: str, block: Mapping[str, Tensor]) -> Block:
+    """Every name with `prefix` before it."""
+    return {f"{prefix}{name}": tensor for name, tensor in block.items()}
+
+
+def inside(prefix: str, block: Mapping[str, Tensor]) -> Block:
+    """The tensors whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in block.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """How one kind of released block becomes ours.
+
+    mark: pattern of the name that betrays such a block; needs, lacks: patterns of names that must, or must not, be
+    there as well. telling: whether only this code base has such blocks. before_inner: it reads the released names of
+    the blocks inside it; other blocks get them converted.
+    keys: pattern of all names of such a block, each of them relative to the block. convert: its tensors -> ours,
+    differentiable; KeyError for one that is absent. dropped: pattern of the names that have no place in ours.
+    deployed: the block is one convolution, "weight" and "bias". activated: it is always followed by an activation, so
+    that without a model to look at, the convolution is taken to be in `conv`.
+    """
+
+    mark: str
+    keys: str
+    convert: Callable[[Block], Block]
+    needs: tuple[str, ...] = ()
+    dropped: str | None = None
+    deployed: bool = False
+    activated: bool = False
+    lacks: tuple[str, ...] = ()
+    telling: bool = True
+    before_inner: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One released code base: its name, what it is, and its blocks. Rules are tried in order."""
+
+    name: str
+    source: str
+    rules: tuple[BlockRule, ...]
+
+    def fits(self, tensors: Mapping[str, Tensor], *, certain: bool = True) -> bool:
+        """Whether any tensor belongs to a block of this layout; certain: to one that no other code has."""
+        rules = [rule for rule in self.rules if rule.telling or not certain]
+        return any(True for rule in rules for _ in _prefixes(rule, tensors))
+
+
+def _pattern(name: str) -> str:
+    """A name as a pattern; "#" stands for a number."""
+    return re.escape(name).replace(r"\#", r"(\d+)")
+
+
+def renamed(
+    names: Mapping[str, str], mark: str, *, needs: tuple[str, ...] = (), dropped: tuple[str, ...] = ()
+) -> BlockRule:
+    """A rule that only renames: released name of a module or tensor -> ours; "#" in both is a number that is kept.
+
+    mark, needs: as in `BlockRule`, but names. `dropped` modules are left out.
+    """
+    # The longest name first: bn1.bn before bn1.
+    table = [
+        (re.compile(rf"{_pattern(name)}({_REST})"), name) for name in sorted([*names, *dropped], key=len, reverse=True)
+    ]
+
+    def convert(block: Block) -> Block:
+        ours: Block = {}
+        for name, tensor in block.items():
+            found, released = next((found, key) for pattern, key in table if (found := pattern.fullmatch(name)))
+            if released in names:
+                *numbers, rest = found.groups()
+                new = names[released]
+                for number in numbers:
+                    new = new.replace("#", number, 1)
+                ours[new + rest] = tensor
+        return ours
+
+    without = "|".join(rf"{_pattern(name)}{_REST}" for name in dropped) or None
+    keys = "|".join(pattern.pattern for pattern, _ in table)
+    return BlockRule(_pattern(mark), keys, convert, tuple(map(_pattern, needs)), without)
+
+
+def deployed(conv: str, beside: Mapping[str, str] | None = None, *, activated: bool) -> BlockRule:
+    """A rule for a block that has become the convolution `conv`, with other modules `beside` it."""
+    rule = renamed({f"{conv}.weight": "weight", f"{conv}.bias": "bias", **(beside or {})}, f"{conv}.weight")
+    return BlockRule(rule.mark, rule.keys, rule.convert, deployed=True, activated=activated)
+
+
+#: Convolution, norm and activation whose norm was folded: `conv` stays beside an activation, else takes its place.
+CONV_BN_DEPLOYED = replace(
+    deployed("conv", activated=True), mark=r"conv\.bias", needs=(r"conv\.weight",), lacks=(r"bn\..*",), telling=False
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A block of a checkpoint: the prefix it has, its layout, whether it is deployed, and its names in our layout."""
+
+    prefix: str
+    layout: str
+    deployed: bool
+    names: tuple[str, ...]
+
+
+@dataclass
+class Conversion:
+    """Tensors in our names, the blocks that were found, and the names that have no place in ours."""
+
+    tensors: dict[str, Tensor]
+    blocks: list[Found] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def _prefixes(rule: BlockRule, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    mark = re.compile(rf"(|.*\.)(?:{rule.mark})")
+    for name in tensors:
+        found = mark.fullmatch(name)
+        if (
+            found
+            and all(_has(tensors, found[1], need) for need in rule.needs)
+            and not any(_has(tensors, found[1], lack) for lack in rule.lacks)
+        ):
+            yield found[1]
+
+
+def _has(tensors: Mapping[str, Tensor], prefix: str, pattern: str) -> bool:
+    wanted = re.compile(f"{re.escape(prefix)}(?:{pattern})")
+    return any(wanted.fullmatch(name) for name in tensors)
+
+
+def convert_blocks(
+    tensors: Mapping[str, Tensor], layouts: Sequence[Layout], model_names: Collection[str] = ()
+) -> Conversion:
+    """Bring every block of these layouts to our names, under the prefix it has. Other names stay.
+
+    model_names: the names of the model's state_dict; they tell whether a convolution, or a whole block, sits in `conv`
+    beside an activation. Blocks inside blocks are converted first. ValueError, naming the block, when one of its
+    tensors is absent.
+    """
+    done = Conversion({})
+    left = dict(tensors)
+    found = [(prefix, rule, layout) for layout in layouts for rule in layout.rules for prefix in _prefixes(rule, left)]
+    # Stable: of two rules that claim one prefix the first wins, since it takes the names away.
+    for prefix, rule, layout in sorted(found, key=lambda block: (not block[1].before_inner, -block[0].count("."))):
+        own = re.compile(f"{re.escape(prefix)}(?:{rule.keys})")
+        block = {name.removeprefix(prefix): tensor for name, tensor in left.items() if own.fullmatch(name)}
+        if not any(re.fullmatch(rule.mark, name) for name in block):
+            continue
+        try:
+            ours = rule.convert(block)
+        except KeyError as absent:
+            raise ValueError(f"block {prefix.rstrip('.') or '(root)'}: {absent} is absent") from None
+        for name in block:
+            del left[prefix + name]
+            if rule.dropped is not None and re.fullmatch(rule.dropped, name):
+                done.left_out.append(prefix + name)
+        placed = _placed(prefix, ours, rule, model_names)
+        done.blocks.append(Found(prefix, layout.name, rule.deployed, tuple(placed)))
+        left |= placed
+    done.tensors = left
+    return done
+
+
+def _placed(prefix: str, ours: Block, rule: BlockRule, model_names: Collection[str]) -> Block:
+    """Under the block's prefix, or in its `conv` where the model has it there."""
+    linear = [name for name in ours if name.partition(".")[0] not in SE]
+    if any(f"{prefix}conv.{name}" in model_names for name in linear):
+        within = not any(prefix + name in model_names for name in linear)
+    else:
+        within = rule.activated and not any(prefix + name in model_names for name in linear)
+    where = f"{prefix}conv." if within else prefix
+    return {(where if name in linear else prefix) + name: tensor for name, tensor in ours.items()}
