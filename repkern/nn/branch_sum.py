@@ -8,10 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._norm_state import is_plain, sync_group, untouched, update_running, uses_batch
+from repkern.nn.recompute import Recompute, current_tape
+from repkern.nn.sync_norm import Known, synced_branch_norm_add, synced_statistics
+from repkern.ops import Norm, branch_norm_add, branch_norm_statistics
+
 __all__ = ["RECOMPUTE", "Branch", "branch_norm_sum", "norm_scale_shift"]
 
 #: Values of the blocks' option `recompute`: keep every branch's map for the backward, or make the cheap ones again.
 RECOMPUTE = ("none", "cheap")
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_MOST_BRANCHES = 16
 
 
 class Branch(NamedTuple):
@@ -19,7 +29,8 @@ class Branch(NamedTuple):
 
     norm: a module over the output channels (BatchNorm2d, SyncBatchNorm, any other) or None for none.
     make: the map before the norm as a function of the block's input; None: the input itself.
-    cheap: whether making the map again in the backward costs less than keeping it.
+    cheap: whether making the map again in the backward costs less than keeping it. `make` must then depend on nothing
+    but its argument and parameters (no random numbers), and its norms go through the functions of this module.
     """
 
     norm: nn.Module | None
@@ -27,41 +38,196 @@ class Branch(NamedTuple):
     cheap: bool = False
 
 
+class _Plan(NamedTuple):
+    """What the norms of one sum do: which are there, with which statistics, and who shares the batch."""
+
+    norms: list[Norm | None]
+    batch: list[nn.Module]  # those with batch statistics
+    group: Any
+    known: Known | None = None  # the synchronized statistics of a replay
+
+
 def branch_norm_sum(
     x: Tensor, branches: Sequence[Branch], activation: nn.Module | None = None, *, recompute: str = "none"
 ) -> Tensor:
     """activation(sum over branches of norm(make(x))), with the norms' running statistics updated as torch does.
 
-    x [N, Ci, H, W]; every branch gives [N, Co, H', W'] of one shape and dtype. recompute: one of `RECOMPUTE`.
+    x [N, Ci, H, W]; every branch gives [N, Co, H', W'] of one shape and dtype. recompute: one of `RECOMPUTE`; "cheap"
+    does not keep the maps of cheap branches for the backward but makes them again, with the same gradients.
+    Norms that are torch's BatchNorm2d or SyncBatchNorm, called as they are, run in one op without a normalized map
+    (SyncBatchNorm on the CPU too); any other norm, activation or kind of tensor is called, as in torch.
     """
     if not branches:
         raise ValueError("branch_norm_sum: at least one branch is needed")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    if not _ordinary(x):
+        return _by_modules([_map(branch, x) for branch in branches], branches, activation)
+    if recompute == "none" or torch.compiler.is_compiling() or not Recompute.possible(x):
+        return _normed_sum([_map(branch, x) for branch in branches], branches, activation)
+    again = Recompute()
+    maps = [again.make(b.make, x) if b.cheap and b.make is not None else _map(b, x) for b in branches]
+    with again.dropping():
+        return _normed_sum(maps, branches, activation)
+
+
+def norm_scale_shift(y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(scale [C], shift [C]) with which `norm` acts on y [N, C, H, W] now: norm(y) = scale * y + shift.
+
+    In train mode from the batch's statistics (differentiable through y), which also update the running ones; in eval
+    mode from the running statistics. For norms whose result is then convolved: scaling the kernel is cheaper than
+    writing the normalized map. In at least float32. TypeError for a norm that is no BatchNorm2d or SyncBatchNorm.
+    """
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        raise TypeError(f"norm_scale_shift needs a BatchNorm2d or SyncBatchNorm, got {type(norm).__name__}")
+    own: Any = norm
+    mean, var = _statistics(y, norm)
+    scale = torch.rsqrt(var + own.eps)
+    scale = scale if own.weight is None else scale * own.weight.to(scale.dtype)
+    shift = -mean * scale
+    return scale, shift if own.bias is None else shift + own.bias.to(scale.dtype)
+
+
+def _map(branch: Branch, x: Tensor) -> Tensor:
+    return x if branch.make is None else branch.make(x)
+
+
+def _ordinary(x: Tensor) -> bool:
+    """Whether nobody traces or transforms this call, so that an op of our own may stand for torch's modules."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()  # an exported program must not need this package
+    return (
+        type(x) is Tensor
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _by_modules(maps: Sequence[Tensor], branches: Sequence[Branch], activation: nn.Module | None) -> Tensor:
+    tape = current_tape()
+    if tape is not None and any(branch.norm is not None for branch in branches):
+        tape.impure = True
     total: Tensor | None = None
-    for branch in branches:
-        y = x if branch.make is None else branch.make(x)
+    for y, branch in zip(maps, branches, strict=True):
         y = y if branch.norm is None else branch.norm(y)
         total = y if total is None else total + y
     assert total is not None
     return total if activation is None else activation(total)
 
 
-def norm_scale_shift(y: Tensor, norm: nn.Module, *, update: bool = True) -> tuple[Tensor, Tensor]:
-    """(scale [C], shift [C]) with which `norm` acts on y [N, C, H, W] now: norm(y) = scale * y + shift.
+def _normed_sum(maps: list[Tensor], branches: Sequence[Branch], activation: nn.Module | None) -> Tensor:
+    tape = current_tape()
+    replaying = tape is not None and tape.replaying
+    plan = tape.next() if tape is not None and replaying else _plan(maps, branches)
+    if plan is None:
+        return _by_modules(maps, branches, activation)
+    code = _ACTIVATIONS.get(type(activation)) if activation is not None and untouched(activation) else None
+    fused = code or "none"
+    known: Known | None = None
+    if plan.group is None:
+        out, mean, var = branch_norm_add(maps, plan.norms, fused)
+        count: int | Tensor = maps[0].numel() // maps[0].shape[1]
+    else:
+        out, mean, var, count = synced_branch_norm_add(maps, plan.norms, fused, plan.group, plan.known)
+        known = mean, var, count
+    if plan.batch and not replaying:
+        update_running(plan.batch, mean, var, count)
+    if tape is not None and not replaying:
+        tape.note(_frozen(plan)._replace(known=known))
+    return out if activation is None or code is not None else activation(out)
 
-    In train mode from the batch's statistics (differentiable through y), which also update the running ones, unless
-    `update` is False (the map is made again for a backward); in eval mode from the running statistics. For norms whose result is then convolved: scaling the kernel is cheaper than
-    writing the normalized map. In at least float32.
-    """
+
+def _plan(maps: Sequence[Tensor], branches: Sequence[Branch]) -> _Plan | None:
+    """How the op can do these norms; None where torch's modules must (or must raise their errors)."""
+    first = maps[0]
+    if first.dim() != 4 or first.dtype not in _DTYPES or len(maps) > _MOST_BRANCHES:
+        return None
+    if any(y.shape != first.shape or y.dtype != first.dtype or y.device != first.device for y in maps[1:]):
+        return None
+    modules: list[Any] = [branch.norm for branch in branches if branch.norm is not None]
+    if not all(is_plain(norm) and norm.num_features == first.shape[1] for norm in modules):
+        return None
+    if not _one_parameter_dtype(modules, first) or len({id(norm) for norm in modules}) < len(modules):
+        return None
+    batch = [norm for norm in modules if uses_batch(norm)]
+    groups = [sync_group(norm) for norm in batch]
+    group = groups[0] if groups else None
+    if any(other is not group for other in groups):
+        return None
+    if group is None and (first.numel() == 0 or (batch and first.numel() == first.shape[1])):
+        return None
+    return _Plan([_norm(branch.norm, first) for branch in branches], batch, group)
+
+
+def _norm(norm: Any, like: Tensor) -> Norm | None:
+    if norm is None:
+        return None
+    if uses_batch(norm):
+        return Norm(norm.weight, norm.bias, None, None, norm.eps)
+    return Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+def _one_parameter_dtype(norms: Sequence[Any], like: Tensor) -> bool:
+    """Whether what the op reads of the norms is in the maps' dtype, or all in float32 where those are half."""
+    tensors = [t for norm in norms for t in (norm.weight, norm.bias) if t is not None]
+    tensors += [t for norm in norms if not uses_batch(norm) for t in (norm.running_mean, norm.running_var)]
+    if not tensors:
+        return True
+    dtype = tensors[0].dtype
+    if dtype != like.dtype and not (dtype == torch.float32 and like.dtype in _HALF):
+        return False
+    return all(t.dtype == dtype and t.device == like.device for t in tensors)
+
+
+def _frozen(plan: _Plan) -> _Plan:
+    """The plan with copies of the running statistics, for a replay after they have moved on."""
+    norms = [
+        norm
+        if norm is None or norm.mean is None or norm.var is None
+        else norm._replace(mean=norm.mean.clone(), var=norm.var.clone())
+        for norm in plan.norms
+    ]
+    return plan._replace(norms=norms)
+
+
+def _statistics(y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] that `norm` normalizes y with, in at least float32; updates the running ones."""
+    tape = current_tape()
+    if tape is not None and tape.replaying:
+        given, group, earlier = tape.next()
+        if given is not None:
+            return given
+        mean, var = branch_norm_statistics([y]) if group is None else synced_statistics([y], group, earlier)[:2]
+        return mean[0], var[0]
     own: Any = norm
     wide = torch.promote_types(y.dtype, torch.float32)
-    if own.training or own.running_mean is None:
-        var, mean = torch.var_mean(y.to(wide), dim=(0, 2, 3), unbiased=False)
-        if update:
-            with torch.no_grad():
-                norm(y)  # updates the running statistics
+    if not uses_batch(norm):
+        given = own.running_mean.to(wide), own.running_var.to(wide)
+        if tape is not None:
+            tape.note(((given[0].clone(), given[1].clone()), None, None))
+        return given
+    group = sync_group(norm)
+    if not (_ordinary(y) and is_plain(norm)) or y.dim() != 4 or (group is None and y.numel() <= y.shape[1]):
+        return _statistics_by_module(y, norm, wide)
+    known: Known | None = None
+    count: int | Tensor = y.numel() // y.shape[1]
+    if group is None:
+        mean, var = branch_norm_statistics([y])
     else:
-        mean, var = own.running_mean.to(wide), own.running_var.to(wide)
-    scale = torch.rsqrt(var + own.eps)
-    scale = scale if own.weight is None else scale * own.weight.to(wide)
-    shift = -mean * scale
-    return scale, shift if own.bias is None else shift + own.bias.to(wide)
+        mean, var, count = synced_statistics([y], group)
+        known = mean.detach(), var.detach(), count
+    update_running([norm], mean.detach(), var.detach(), count)
+    if tape is not None:
+        tape.note((None, group, known))
+    return mean[0], var[0]
+
+
+def _statistics_by_module(y: Tensor, norm: nn.Module, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    tape = current_tape()
+    if tape is not None:
+        tape.impure = True
+    with torch.no_grad():
+        norm(y)  # updates the running statistics
+    var, mean = torch.var_mean(y.to(wide), dim=(0, 2, 3), unbiased=False)
+    return mean, var
