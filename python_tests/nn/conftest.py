@@ -1,5 +1,8 @@
 """Shared by the block tests."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,6 +38,15 @@ def _one_thread():
 @pytest.fixture
 def randomize():
     return randomized
+
+
+@pytest.fixture
+def explicit():
+    """The functions of explicit.py: branches computed one by one."""
+    spec = importlib.util.spec_from_file_location("explicit", Path(__file__).with_name("explicit.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

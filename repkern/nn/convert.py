@@ -183,7 +183,8 @@ def _copy_flags(conv: nn.Conv2d, new: nn.Module, norm: nn.Module | None) -> None
     for name, parameter in new.named_parameters():
         if id(parameter) not in of_norm:
             like = conv.bias if name == "bias" and conv.bias is not None else conv.weight
-            parameter.requires_grad_(like.requires_grad)
+            if not like.requires_grad:  # what the block itself keeps constant stays so
+                parameter.requires_grad_(False)
     new.training = conv.training
     for child in new.modules():
         if child is not norm:

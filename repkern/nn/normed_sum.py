@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repkern.nn.branch_sum import RECOMPUTE, Branch, branch_norm_sum
 from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel
-from repkern.nn.geometry import Geometry
+from repkern.nn.geometry import Geometry, check_dtype
 from repkern.nn.squeeze_excite import SEBlock
 
 __all__ = ["NormedSumBlock", "plain_conv", "solve_before_norm", "wide"]
@@ -18,6 +18,7 @@ __all__ = ["NormedSumBlock", "plain_conv", "solve_before_norm", "wide"]
 
 def plain_conv(geometry: Geometry, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Conv2d:
     """The KxK convolution of a branch, without bias."""
+    check_dtype(dtype)
     options: dict[str, Any] = {"padding_mode": geometry.padding_mode, "device": device, "dtype": dtype}
     return nn.Conv2d(*geometry[:7], bias=False, **options)
 
