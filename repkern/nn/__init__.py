@@ -8,6 +8,7 @@ from repkern.nn.convert import ReplaceReport, replace_convs
 from repkern.nn.csla import CSLABlock
 from repkern.nn.custom_l2 import custom_l2, custom_l2_parameters
 from repkern.nn.dbb import DiverseBranchBlock
+from repkern.nn.dyrep import DyRepBlock
 from repkern.nn.group import group_squeeze, ungroup_squeeze
 from repkern.nn.mobileone import MobileOneBlock
 from repkern.nn.orepa import OREPAConv2d
@@ -25,6 +26,7 @@ __all__ = [
     "CSLABlock",
     "ConvNormAct",
     "DiverseBranchBlock",
+    "DyRepBlock",
     "MobileOneBlock",
     "OREPABlock",
     "OREPAConv2d",

@@ -14,7 +14,7 @@ from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, compose_sequential, fuse_bn, pad_to
 from repkern.nn.geometry import Geometry, Pair, check_geometry
 from repkern.nn.inner_norm import BORDERS, InnerNorm, averaged, averaging_kernel, convolve
-from repkern.nn.normed_sum import NormedSumBlock
+from repkern.nn.normed_sum import NormedSumBlock, plain_conv
 
 __all__ = ["DiverseBranchBlock"]
 
@@ -45,12 +45,6 @@ class IdentityPointwise(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Cm, H, W]."""
         return functional.conv2d(x, self.kernel(), groups=self.groups)
-
-
-def plain_conv(geometry: Geometry, in_channels: int, factory: dict[str, Any], bias: bool = False) -> nn.Conv2d:
-    """nn.Conv2d of this geometry with other input channels."""
-    options: dict[str, Any] = {"bias": bias, "padding_mode": geometry.padding_mode, **factory}
-    return nn.Conv2d(in_channels, *geometry[1:7], **options)
 
 
 class DiverseBranchBlock(NormedSumBlock):
@@ -115,7 +109,7 @@ class DiverseBranchBlock(NormedSumBlock):
 
     def _make_plain_branches(self, geometry: Geometry, factory: dict[str, Any]) -> None:
         ci, co, groups = geometry.in_channels, geometry.out_channels, geometry.groups
-        self.dense = plain_conv(geometry, ci, factory)
+        self.dense = plain_conv(geometry, **factory)
         self.dense_bn = nn.BatchNorm2d(co, **factory)
         present = not self._is_depthwise and self.kernel_size[0] > 1
         self.pointwise = nn.Conv2d(ci, co, 1, self.stride, groups=groups, bias=False, **factory) if present else None
@@ -144,7 +138,7 @@ class DiverseBranchBlock(NormedSumBlock):
             else nn.Conv2d(ci, internal, 1, groups=groups, bias=False, **factory)
         )
         self.reduce_bn = nn.BatchNorm2d(internal, **factory)
-        self.expand = plain_conv(geometry, internal, factory)
+        self.expand = plain_conv(geometry._replace(in_channels=internal), **factory)
         self.expand_bn = nn.BatchNorm2d(co, **factory)
 
     def _branches(self) -> list[Branch]:

@@ -16,7 +16,7 @@ from repkern.nn.branch_sum import norm_scale_shift
 from repkern.nn.fold import KernelBias, response_to_constant
 from repkern.nn.recompute import Recompute, current_tape
 
-__all__ = ["BORDERS", "InnerNorm", "averaged", "averaging_kernel", "convolve"]
+__all__ = ["BORDERS", "InnerNorm", "averaged", "averaging_kernel", "bordered", "convolve"]
 
 #: Values of the blocks' option `border`: what the padding around a normed map holds.
 BORDERS = ("exact", "released")
@@ -33,6 +33,14 @@ def averaged(pointwise: KernelBias, kernel_size: int) -> KernelBias:
     """The K x K convolution that is the 1x1 ([Co, Ci/g, 1, 1], bias) and average pooling of its result."""
     weight, bias = pointwise
     return (weight / kernel_size**2).expand(-1, -1, kernel_size, kernel_size), bias
+
+
+def bordered(block: RepBlock, y: Tensor) -> Tensor:
+    """y [N, C, H, W] with the block's padding around it."""
+    height, width = block._pad
+    if max(block._pad) == 0:
+        return y
+    return functional.pad(y, (width, width, height, height)) if block.padding_mode == "zeros" else block._padded(y)
 
 
 def convolve(block: RepBlock, y: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -80,16 +88,29 @@ class InnerNorm(NamedTuple):
         scaled = (weight.unflatten(0, (groups, -1)) * per_input).flatten(0, 1)
         return convolve(self.block, y, scaled, constant, groups)
 
+    def bordered(self, x: Tensor) -> Tensor:
+        """pad(norm(pointwise(x))) itself, for what is no convolution of one kernel."""
+        y = self.pointwise(x)
+        scale, shift = norm_scale_shift(y, self.norm)
+        border = shift if self.border == "exact" else self._released_border(scale.dtype)
+        above = (y * scale[:, None, None] + (shift - border)[:, None, None]).to(y.dtype)
+        return bordered(self.block, above) + border[:, None, None].to(y.dtype)
+
     def _with_released_border(self, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """As the released code: the border is norm(0) by the running statistics after this batch, without gradient."""
-        tape = current_tape()
-        replaying = tape is not None and tape.replaying
-        border = tape.next() if tape is not None and replaying else _norm_of_zero(self.norm).to(scale.dtype)
-        if tape is not None and not replaying:
-            tape.note(border)
+        border = self._released_border(scale.dtype)
         above = (y * scale[:, None, None] + (shift - border)[:, None, None]).to(y.dtype)
         constant = response_to_constant(weight.to(scale.dtype), border, groups=groups)
         return convolve(self.block, above, weight, constant, groups)
+
+    def _released_border(self, dtype: torch.dtype) -> Tensor:
+        """As the released code: norm(0) by the running statistics after this batch, without gradient."""
+        tape = current_tape()
+        if tape is not None and tape.replaying:
+            return tape.next()
+        border = _norm_of_zero(self.norm).to(dtype)
+        if tape is not None:
+            tape.note(border)
+        return border
 
 
 def _can_remake(x: Tensor) -> bool:
