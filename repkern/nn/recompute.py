@@ -72,11 +72,18 @@ class _Kept:
 class _Slot:
     """A saved tensor that is not kept: its place in the recipe, and its value between a replay and its use."""
 
-    __slots__ = ("__weakref__", "place", "recipe", "value", "version")
+    __slots__ = ("__weakref__", "address", "place", "recipe", "value", "version")
 
     def __init__(self, recipe: _Recipe, place: int, tensor: Tensor) -> None:
-        self.recipe, self.place, self.version = recipe, place, tensor._version
+        self.recipe, self.place = recipe, place
+        self.address, self.version = tensor.data_ptr(), tensor._version
         self.value: Tensor | None = tensor
+
+    def fill(self, value: Tensor) -> None:
+        """Put in what the replay made, or found again: then it must be as it was."""
+        if value.data_ptr() == self.address:
+            _require_version(value, self.version)
+        self.value = value
 
     def get(self) -> Tensor:
         value = self.value
@@ -148,9 +155,8 @@ class _Recipe:
         slots = [slot for slot in (reference() for reference in self._slots) if slot is not None]
         made: list[Tensor] = []
 
-        def pack(tensor: Tensor) -> Tensor:
-            made.append(tensor)
-            return tensor
+        def pack(tensor: Tensor) -> None:
+            made.append(tensor.detach())  # with its graph it would keep itself alive: the graph holds this hook
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tape.running(replaying=True))
@@ -161,7 +167,7 @@ class _Recipe:
                 stack.enter_context(torch.no_grad())
             else:
                 stack.enter_context(torch.enable_grad())
-                stack.enter_context(saved_tensors_hooks(pack, _same))
+                stack.enter_context(saved_tensors_hooks(pack, _never))
                 x = x.detach().requires_grad_(self._requires_grad)
             y = self._make(x).detach()
         if len(self._slots) > 1 and len(made) != self._saved:
@@ -170,17 +176,15 @@ class _Recipe:
                 "again; it must be the same function of its input both times"
             )
         for slot in slots:
-            value = y if slot.place < 0 else made[slot.place].detach()
-            _require_version(value, slot.version)
-            slot.value = value
+            slot.fill(y if slot.place < 0 else made[slot.place])
 
 
 def _unpack(packed: _Kept | _Slot) -> Tensor:
     return packed.get()
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _never(packed: None) -> Tensor:
+    raise RuntimeError("recompute: the graph of a replay has no backward of its own")
 
 
 def _autocast_state(device: str) -> tuple[bool, torch.dtype | None, bool]:
