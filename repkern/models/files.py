@@ -14,8 +14,8 @@ __all__ = ["replaced"]
 def replaced(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    A crash or an exception leaves what was at `path` before. FileNotFoundError when its folder does not exist,
-    IsADirectoryError when `path` is a folder.
+    A crash or an exception leaves what was at `path` before. The file gets the permissions of the one it replaces, or
+    those of any new file. FileNotFoundError when its folder does not exist, IsADirectoryError when `path` is a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -25,7 +25,10 @@ def replaced(path: str | Path) -> Iterator[Path]:
     # The suffix stays, because exporters look at it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        mode = (path if path.exists() else temporary).stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner reads
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

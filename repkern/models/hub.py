@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -35,7 +36,8 @@ class HubMixin:
         if push and not push_to_hub:
             raise TypeError(f"{', '.join(sorted(push))}: only with push_to_hub=True")
         adapter = _adapter()(self)
-        return adapter.save_pretrained(folder, repo_id=repo_id, push_to_hub=push_to_hub, **push)
+        card = {} if repo_id is None else {"repo_id": repo_id}
+        return adapter.save_pretrained(folder, repo_id=repo_id, push_to_hub=push_to_hub, model_card_kwargs=card, **push)
 
     @classmethod
     def from_pretrained(
@@ -75,11 +77,11 @@ class HubMixin:
         push: commit_message, private, token, branch, create_pr, allow_patterns, ignore_patterns, delete_patterns, as
         in huggingface_hub's ModelHubMixin.push_to_hub.
         """
-        return _adapter()(self).push_to_hub(repo_id, **push)
+        return _adapter()(self).push_to_hub(repo_id, model_card_kwargs={"repo_id": repo_id}, **push)
 
-    def model_card(self) -> str:
+    def model_card(self, repo_id: str = "<this repository>") -> str:
         """The text of the model card: what the file holds and how to use it, no claim about accuracy."""
-        return _card_text(saving.describe(cast(nn.Module, self)))
+        return _card_text(saving.describe(cast(nn.Module, self)), repo_id)
 
 
 def _adapter() -> Any:
@@ -115,7 +117,7 @@ def _adapter() -> Any:
             return cls(saving.load(path))
 
         def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-            return ModelCard(self.network.model_card())
+            return ModelCard(self.network.model_card(**kwargs))
 
     return Adapter
 
@@ -132,29 +134,43 @@ tags:
 {form}
 
 ```python
-from repkern.models.network import Network
+from repkern.models import Network
 
-model = Network.from_pretrained("<this repository>")  # eval mode
+model = Network.from_pretrained("{repo_id}")  # in eval mode
 ```
 
-{next_step}
-
-Built with `repkern.create_model({arguments})`, written by repkern {repkern} with torch {torch}.
-Nothing is said here about training data or accuracy: whoever trained the model should add both.
+Made by `repkern.create_model({arguments})`, written by repkern {repkern} with torch {torch}.
+{num_parameters:,} parameters. Training data and accuracy: to be added by whoever trained it.
 """
+_TRAINING = (
+    "In training form: blocks of the kind `{block}`, which `repkern.reparameterize(model, verify=images)` turns into "
+    "plain convolutions that compute the same in eval mode."
+)
+_DEPLOYED = "In deployed form: plain convolutions with bias, made by `repkern.reparameterize` from blocks `{block}`."
 
 
-def _card_text(described: dict[str, Any]) -> str:
-    name, block = described["model_name"], described["block"]
-    if described["form"] == "training":
-        form = f"`{name}` in training form (block `{block}`): every convolution is a sum of branches."
-        next_step = "`repkern.reparameterize(model, verify=images)` gives the plain network that computes the same."
-    else:
-        form = f"`{name}` in deployed form: plain convolutions only."
-        next_step = "Training goes on from the training form, which this file does not hold."
-    arguments = ", ".join(f"{key}={value!r}" for key, value in described["config"].items() if value is not None)
-    return _CARD.format(form=form, next_step=next_step, arguments=arguments, **_versions(described), name=name)
+def _card_text(described: dict[str, Any], repo_id: str) -> str:
+    template = _TRAINING if described["form"] == "training" else _DEPLOYED
+    if described["block"] == "plain":
+        template = "In deployed form: plain convolutions with bias."
+    return _CARD.format(
+        name=described["model_name"],
+        form=template.format(block=described["block"]),
+        repo_id=repo_id,
+        arguments=_call(described),
+        **{key: described[key] for key in ("repkern", "torch", "num_parameters")},
+    )
 
 
-def _versions(described: dict[str, Any]) -> dict[str, str]:
-    return {"repkern": described["repkern"], "torch": described["torch"]}
+def _call(described: dict[str, Any]) -> str:
+    """The arguments of create_model that are not the defaults, as one writes them."""
+    from repkern.models.registry import create_model
+
+    parameters = inspect.signature(create_model).parameters
+    empty: tuple[Any, ...] = ({}, [], None)
+    chosen = {
+        key: value
+        for key, value in described["config"].items()
+        if value not in empty and not (key in parameters and parameters[key].default == value)
+    }
+    return ", ".join([repr(described["model_name"]), *(f"{key}={value!r}" for key, value in chosen.items())])

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repkern.models.checkpoints.reading import read_state_dict
+from repkern.models.checkpoints.reading import read_checkpoint
 from repkern.models.files import replaced
 from repkern.models.structure import apply_changes, changes_between
 from repkern.nn.reparameterize import is_block
+
+if TYPE_CHECKING:
+    from repkern.models.network import Network
 
 __all__ = ["describe", "load", "read_description", "save"]
 
@@ -44,7 +47,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     described: dict[str, Any] = {
         "format": _VERSION,
         "model_name": model.model_name,
-        "block": model.block,
+        "block": model.config["block"],
         "form": form,
         "config": _config(model),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -66,13 +69,13 @@ def _config(model: Any) -> dict[str, Any]:
     return {key: value for key, value in model.config.items() if key not in ("name", "model_name", "checkpoint")}
 
 
-def _fresh(described: Mapping[str, Any], device: str) -> nn.Module:
+def _fresh(described: Mapping[str, Any], device: str) -> Network:
     """The network as create_model makes it, in the form of the description, on `device`."""
     from repkern.models import create_model
 
     config = dict(described["config"])
     if described["form"] == "deployed":
-        config["block"] = "plain"
+        config |= {"block": "plain", "block_options": None, "recompute": "none"}
     with torch.device(device):
         return create_model(described["model_name"], **config)
 
@@ -114,16 +117,26 @@ def read_description(path: str | Path) -> dict[str, Any] | None:
     FileNotFoundError; ValueError for a file that is no checkpoint, or written by a newer format.
     """
     path = Path(path)
+    if path.suffix != ".safetensors":
+        return _description(path, read_checkpoint(path).beside.get(_KEY))
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    text = _metadata(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return _description(path, (file.metadata() or {}).get(_KEY))
+    except (SafetensorError, OSError) as problem:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({problem})") from problem
+
+
+def _description(path: Path, text: Any) -> dict[str, Any] | None:
+    """The checked metadata of a file; None without any."""
     if text is None:
         return None
     try:
         described = json.loads(text)
-        if not isinstance(described, dict):
-            raise TypeError(f"a dictionary is needed, got {type(described).__name__}")
         version, form = described["format"], described["form"]
+        if not isinstance(described["model_name"], str) or not isinstance(described["config"], dict):
+            raise TypeError("model_name must be a string and config a dictionary")
     except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"{path}: its metadata {_KEY!r} is damaged ({problem!r})") from problem
     if version != _VERSION or form not in ("training", "deployed"):
@@ -134,22 +147,7 @@ def read_description(path: str | Path) -> dict[str, Any] | None:
     return described
 
 
-def _metadata(path: Path) -> str | None:
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                return (file.metadata() or {}).get(_KEY)
-        except (SafetensorError, OSError) as problem:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({problem})") from problem
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whatever is wrong with it, read_state_dict says it better, and reads older formats too
-        return None
-    text = content.get(_KEY) if isinstance(content, Mapping) else None
-    return text if isinstance(text, str) else None
-
-
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> Network:
     """The network that `save` wrote, made again from the file's metadata: same form, same dtypes, in eval mode.
 
     FileNotFoundError; ValueError for a damaged file, for one that was not written by `save` (released checkpoints:
@@ -162,10 +160,10 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
             f"{path} does not say which model it holds (it was not written by repkern.models.save); make the model "
             "and use repkern.load_checkpoint(path, model)"
         )
-    tensors = read_state_dict(path)
+    tensors = read_checkpoint(path).tensors
     try:
         model = _fresh(described, "cpu")
-        apply_changes(model, described["changes"])
+        apply_changes(model, described.get("changes", {}))
         _take(model, tensors)
     except (ValueError, KeyError, TypeError, RuntimeError) as problem:
         raise ValueError(

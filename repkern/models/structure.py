@@ -80,7 +80,8 @@ def _describe(name: str, module: nn.Module | None) -> _Spec:
         return {"class": None}
     kind = _kind(module)
     if kind in _CONTAINERS:
-        children = {child: _describe(f"{name}.{child}", inner) for child, inner in module._modules.items()}
+        # A list, because order matters and a file's metadata may be sorted.
+        children = [[child, _describe(f"{name}.{child}", inner)] for child, inner in module._modules.items()]
         return {"class": f"torch.nn.{kind.__name__}", "children": children}
     spec: _Spec = {"class": _class_name(name, kind), "arguments": _arguments(name, module, kind)}
     changes: dict[str, _Spec] = {}
@@ -157,7 +158,7 @@ def _build(name: str, spec: Any) -> nn.Module | None:
         raise ValueError(f"{name}: {spec['class']!r} is no module class of torch.nn or repkern.nn")
     if kind in _CONTAINERS:
         container = kind()
-        for child, inner in spec.get("children", {}).items():
+        for child, inner in spec.get("children", ()):
             container.add_module(child, _build(f"{name}.{child}", inner))
         return container
     module = kind(**{key: _value(f"{name}.{key}", value) for key, value in spec.get("arguments", {}).items()})
