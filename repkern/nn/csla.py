@@ -86,6 +86,10 @@ class CSLABlock(_NormedBlock):
 
     def summed_kernel(self) -> Tensor:
         """[Co, Ci/g, K, K]: the kernel before the norm, with a gradient to every kernel and trained scale."""
+        return self._summed().to(self.dense.weight.dtype)
+
+    def _summed(self) -> Tensor:
+        """In at least float32."""
         kernel = wide(self.dense.weight) * self.dense_scale[:, None, None, None]
         centre: Tensor | None = None
         if self.pointwise is not None and self.pointwise_scale is not None:
@@ -96,7 +100,7 @@ class CSLABlock(_NormedBlock):
             centre = diagonal if centre is None else centre + diagonal
         if centre is not None:
             kernel = kernel + pad_to(centre, self.kernel_size[0])
-        return kernel.to(self.dense.weight.dtype)
+        return kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
@@ -106,11 +110,13 @@ class CSLABlock(_NormedBlock):
         return self._conv(x, self.summed_kernel(), None)
 
     def _fold(self) -> KernelBias:
-        return self._normed(self.summed_kernel())
+        weight, bias = self._normed(self._summed())
+        assert bias is not None
+        return weight.to(self.dense.weight.dtype), bias.to(self.dense.weight.dtype)
 
     def _set_kernel(self, weight: Tensor) -> None:
         scale = self.dense_scale.double()
         if not scale.all():
             raise ValueError("`dense_scale` is 0 for a channel, so no kernel behind it gives the wanted one")
-        rest = self.summed_kernel().double() - self.dense.weight.double() * scale[:, None, None, None]
+        rest = self._summed().double() - self.dense.weight.double() * scale[:, None, None, None]
         self.dense.weight.copy_((weight.double() - rest) / scale[:, None, None, None])
