@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Layout",
     "convert_blocks",
     "deployed",
+    "fold_norms",
     "inside",
     "prefixed",
     "renamed",
@@ -30,6 +32,8 @@ Block = dict[str, Tensor]
 SE = {"se": "se", "post_se": "post_se"}
 
 _REST = r"(?:\..+)?"
+_EPS = 1e-5
+_NORM_PARTS = {"weight", "bias", "running_mean", "running_var"}
 
 
 def prefixed(prefix: str, block: Mapping[str, Tensor]) -> Block:
@@ -174,7 +178,12 @@ def convert_blocks(
     """
     done = Conversion({})
     left = dict(tensors)
-    found = [(prefix, rule, layout) for layout in layouts for rule in layout.rules for prefix in _prefixes(rule, left)]
+    found = [
+        (prefix, rule, layout)
+        for layout in layouts
+        for rule in layout.rules
+        for prefix in dict.fromkeys(_prefixes(rule, left))
+    ]
     # Stable: of two rules that claim one prefix the first wins, since it takes the names away.
     for prefix, rule, layout in sorted(found, key=lambda block: (not block[1].before_inner, -block[0].count("."))):
         own = re.compile(f"{re.escape(prefix)}(?:{rule.keys})")
@@ -197,11 +206,38 @@ def convert_blocks(
 
 
 def _placed(prefix: str, ours: Block, rule: BlockRule, model_names: Collection[str]) -> Block:
-    """Under the block's prefix, or in its `conv` where the model has it there."""
-    linear = [name for name in ours if name.partition(".")[0] not in SE]
-    if any(f"{prefix}conv.{name}" in model_names for name in linear):
-        within = not any(prefix + name in model_names for name in linear)
-    else:
-        within = rule.activated and not any(prefix + name in model_names for name in linear)
-    where = f"{prefix}conv." if within else prefix
-    return {(where if name in linear else prefix) + name: tensor for name, tensor in ours.items()}
+    """Under the block's prefix, or in `conv` beside an activation where the model has it there."""
+    fallback = 2 if rule.deployed and rule.activated else 0
+    places: dict[str, tuple[str, str, str]] = {}
+    for name in ours:
+        parent, dot, leaf = name.rpartition(".")
+        plain = prefix + name
+        moves = name.partition(".")[0] not in SE
+        places[name] = (plain, f"{prefix}conv.{name}", f"{prefix}{parent}{dot}conv.{leaf}") if moves else (plain,) * 3
+    found = [at for options in places.values() for at, option in enumerate(options) if option in model_names]
+    fallback = min(found, default=fallback)
+    return {
+        next((option for option in places[name] if option in model_names), places[name][fallback]): tensor
+        for name, tensor in ours.items()
+    }
+
+
+def fold_norms(converted: Conversion, model_names: Collection[str]) -> None:
+    """Fold the norms that a deployed file still has and the model has not: `conv`, `bn` -> a convolution with bias.
+
+    Files do not hold eps; it is that of the released code, which is torch's.
+    """
+    tensors = converted.tensors
+    for name in list(tensors):
+        prefix = name.removesuffix("bn.running_mean")
+        place = next((place for place in (f"{prefix}conv.", prefix) if f"{place}bias" in model_names), None)
+        kernel = tensors.get(f"{prefix}conv.weight")
+        norm = inside(f"{prefix}bn.", tensors)
+        if prefix == name or place is None or kernel is None or name in model_names or not norm.keys() >= _NORM_PARTS:
+            continue
+        for part in norm:
+            del tensors[f"{prefix}bn.{part}"]
+        del tensors[f"{prefix}conv.weight"]
+        factor = norm["weight"] / torch.sqrt(norm["running_var"] + _EPS)
+        tensors[f"{place}weight"] = kernel * factor.reshape(-1, 1, 1, 1)
+        tensors[f"{place}bias"] = norm["bias"] - norm["running_mean"] * factor

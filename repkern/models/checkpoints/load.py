@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repkern.models.checkpoints.layout import Conversion, convert_blocks
+from repkern.models.checkpoints.layout import Conversion, Layout, convert_blocks, fold_norms
 from repkern.models.checkpoints.match import LoadReport, match
 from repkern.models.checkpoints.networks import rename_network
 from repkern.models.checkpoints.reading import Checkpoint, read_checkpoint
-from repkern.models.checkpoints.registry import LAYOUTS, RELEASED
+from repkern.models.checkpoints.registry import LAYOUTS, RELEASED, SCALES
+from repkern.models.checkpoints.scales import checked_scales
 
 __all__ = ["LAYOUTS", "load_checkpoint"]
 
@@ -38,7 +39,8 @@ def load_checkpoint(
     released layout by their names, under any prefix, and networks whose layers we name otherwise.
     strict: names or shapes that do not match the model are an error. With False, what matches is loaded and the rest
     is logged as a warning. report: filled with what was found, converted, left out and not matched.
-    Returns the model, or without one the state_dict in our names.
+    Returns the model, or without one the state_dict in our names. With layout="repopt_scales" the scales of a
+    hyper-search by name, checked against the model if there is one, which stays as it is.
     ValueError for a file that is no checkpoint, and for names or shapes that do not match the model: all are listed,
     and the model is then untouched. FileNotFoundError.
     """
@@ -47,13 +49,29 @@ def load_checkpoint(
     report = LoadReport() if report is None else report
     checkpoint = read_checkpoint(path_or_dict, ema=ema)
     report.beside = sorted(checkpoint.beside)
-    converted = _convert(checkpoint, model, layout, report)
-    if model is None:
+    inner = None if model is None else _unwrapped(model)
+    converted = _convert(checkpoint, inner, layout, report)
+    if layout == SCALES.name:
+        scales = checked_scales(converted, inner, report, strict=strict)
+        _logger.info("load_checkpoint: %s", report)
+        return scales
+    if inner is None:
         return converted.tensors
-    matched = match(converted, model, report, strict=strict)
-    model.load_state_dict(matched, strict=False)
+    matched = match(converted, inner, report, strict=strict)
+    inner.load_state_dict(matched, strict=False)
     _logger.info("load_checkpoint: %s", report)
-    return model
+    return inner if model is None else model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def _convert(checkpoint: Checkpoint, model: nn.Module | None, layout: str, report: LoadReport) -> Conversion:
@@ -62,13 +80,31 @@ def _convert(checkpoint: Checkpoint, model: nn.Module | None, layout: str, repor
     if layout == "repkern" or (layout == "auto" and names and names == set(tensors)):
         report.layouts = ["repkern"]
         return Conversion(tensors)
-    if layout != "auto" and not RELEASED[layout].fits(tensors, certain=False):
-        raise ValueError(f"the checkpoint has no tensor of layout {layout!r}; its first name is {next(iter(tensors))}")
+    layouts = _layouts(tensors, model, layout)
     modules = None if model is None else {name for name, _ in model.named_modules()}
     renamed, left_out = rename_network(tensors, modules)
-    layouts = list(RELEASED.values()) if layout == "auto" else [RELEASED[layout]]
     converted = convert_blocks(renamed, layouts, names)
+    if any(block.deployed for block in converted.blocks):
+        fold_norms(converted, names)
     converted.left_out += left_out
     report.layouts = sorted({block.layout for block in converted.blocks}) or ["repkern"]
     report.left_out = list(converted.left_out)
     return converted
+
+
+def _layouts(tensors: _StateDict, model: nn.Module | None, layout: str) -> list[Layout]:
+    """The layouts whose blocks are converted: that one, or all."""
+    if layout != "auto":
+        asked = SCALES if layout == SCALES.name else RELEASED[layout]
+        if not asked.fits(tensors, certain=False):
+            first = next(iter(tensors))
+            raise ValueError(f"the checkpoint has no tensor of layout {layout!r}; its first name is {first}")
+        return [asked]
+    if SCALES.fits(tensors) and not any(released.fits(tensors) for released in RELEASED.values()):
+        if model is not None:
+            raise ValueError(
+                f"the checkpoint holds only the scales of a hyper-search: layout={SCALES.name!r} returns them, checked "
+                "against the model, which they leave as it is"
+            )
+        return [SCALES]
+    return list(RELEASED.values())

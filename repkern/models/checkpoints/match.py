@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from repkern.models.checkpoints.layout import Conversion
+from repkern.models.checkpoints.layout import Conversion, Found
 
-__all__ = ["LoadReport", "match"]
+__all__ = ["LoadReport", "complain", "match"]
 
 _logger = logging.getLogger("repkern")
-_COUNT = "num_batches_tracked"
 
 
 @dataclass
@@ -21,7 +22,8 @@ class LoadReport:
 
     layouts: of the blocks; beside: entries next to the tensors (optimizer, epoch) that are not read; left_out: tensors
     that have no place in ours; missing, unexpected: names only the model, or only the checkpoint has; mismatched: name
-    -> (shape in the checkpoint, shape in the model); loaded: names that were loaded.
+    -> (shape in the checkpoint, shape in the model); counts: norms' counts of batches that older files do not have,
+    set to 0; loaded: names that were loaded.
     """
 
     layouts: list[str] = field(default_factory=list)
@@ -30,6 +32,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    counts: list[str] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
 
     @property
@@ -44,14 +47,24 @@ class LoadReport:
         lines = [f"loaded {len(self.loaded)} tensors (layout {', '.join(self.layouts)})"]
         if self.beside:
             lines.append(f"not read: {', '.join(self.beside)}")
+        if self.counts:
+            lines.append(f"set to 0: {len(self.counts)} counts of batches, which the checkpoint does not have")
         lines += [f"left out: {name}" for name in self.left_out]
         return "\n  ".join(lines + self.problems)
 
 
 def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict: bool) -> dict[str, Tensor]:
     """The tensors that fit the model; ValueError that lists all others, or with strict=False a logged warning."""
-    tensors = converted.tensors
     wanted = model.state_dict()
+    tensors = dict(converted.tensors)
+    for name in wanted:
+        norm, _, part = name.rpartition(".")
+        if part == "num_batches_tracked" and name not in tensors and f"{norm}.running_mean" in tensors:
+            tensors[name] = torch.zeros_like(wanted[name])
+            report.counts.append(name)
+    for name in _without_place(model, [name for name in tensors if name not in wanted]):
+        del tensors[name]
+        report.left_out.append(name)
     # Prior filters are in a state_dict only when they are not the default, which a block returns to without them.
     optional = {name: buffer for name, buffer in model.named_buffers() if name.split(".")[-1] == "prior_filter"}
     known = {**optional, **wanted}
@@ -63,17 +76,61 @@ def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict
         if name in tensors and tensors[name].shape != tensor.shape
     }
     matched = {name: t for name, t in tensors.items() if name in known and name not in report.mismatched}
-    problems = report.problems
     report.loaded = list(matched)
-    if not problems:
-        return matched
-    lines = "\n  ".join([*_explanation(converted, wanted), *problems])
-    text = f"the checkpoint does not match {type(model).__name__} ({len(problems)} problems):\n  {lines}"
-    if strict:
-        raise ValueError(text)
-    _logger.warning("%s", text)
+    complain([*_explanation(converted.blocks, wanted), *report.problems], model, len(report.problems), strict=strict)
     return matched
 
 
-def _explanation(converted: Conversion, wanted: dict[str, Tensor]) -> list[str]:
-    return []
+def complain(lines: list[str], model: nn.Module, count: int, *, strict: bool) -> None:
+    """ValueError, or with strict=False a warning in the log, when there is any problem."""
+    if not count:
+        return
+    listed = "\n  ".join(lines)
+    text = f"the checkpoint does not match {type(model).__name__} ({count} problems):\n  {listed}"
+    if strict:
+        raise ValueError(text)
+    _logger.warning("%s", text)
+
+
+def _without_place(model: nn.Module, names: list[str]) -> list[str]:
+    """Of these names, the ones that a features_only network has no layer for, because it stops before them."""
+    from repkern.models.network import Network  # networks import this package through repkern.models
+    from repkern.models.registry import create_model
+
+    if not names or not isinstance(model, Network) or not model.config.get("features_only"):
+        return []
+    with torch.device("meta"):
+        whole = create_model(**{**model.config, "features_only": False, "out_indices": None}).state_dict()
+    return [name for name in names if name in whole]
+
+
+def _explanation(blocks: list[Found], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What a user most likely mixed up: a deployed checkpoint and a model in training form, or the reverse."""
+    lines = []
+    for deployed, got, other, advice in (
+        (
+            True,
+            "deployed",
+            "in training form",
+            'load it into the plain model, create_model(..., block="plain") or repkern.reparameterize(model)',
+        ),
+        (False, "in training form", "deployed", "load it before repkern.reparameterize"),
+    ):
+        foreign = [
+            block
+            for block in blocks
+            if block.deployed is deployed
+            and not any(name in wanted for name in block.names)
+            and _is_plain(block.prefix, wanted) is not deployed
+            and any(name.startswith(block.prefix) for name in wanted)
+        ]
+        if foreign:
+            where = foreign[0].prefix.rstrip(".") or "the root"
+            lines.append(
+                f"{len(foreign)} blocks (first {where}) are {got} in the checkpoint and {other} here: {advice}"
+            )
+    return lines
+
+
+def _is_plain(prefix: str, wanted: Mapping[str, Tensor]) -> bool:
+    return any(f"{prefix}{place}weight" in wanted and f"{prefix}{place}bias" in wanted for place in ("", "conv."))

@@ -71,6 +71,7 @@ def _repnas(names: Sequence[str]) -> Rename:
     """features.0 is the stem; a stage begins where a block has stride 2, and so no skip."""
     layers = sorted({int(found[1]) for found in (re.match(r"features\.(\d+)\.", name) for name in names) if found})
     skips = {int(found[1]) for found in (re.match(r"features\.(\d+)\.skip_connect\.", name) for name in names) if found}
+    around = _replacing((r"linear\.", "head."), (r"alphas$", None))(names)
     places: dict[int, str] = {}
     stage = at = -1
     for layer in layers:
@@ -81,7 +82,7 @@ def _repnas(names: Sequence[str]) -> Rename:
         found = re.match(r"features\.(\d+)\.", name)
         if found:
             return f"{places[int(found[1])]}.{name[found.end() :]}"
-        return f"head.{name[7:]}" if name.startswith("linear.") else name
+        return around(name)
 
     return rename
 
@@ -122,10 +123,33 @@ def _torchvision(names: Sequence[str]) -> Rename:
     return rename
 
 
+def _repghost(names: Sequence[str]) -> Rename:
+    last = max((int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", name) for name in names) if found), default=-1)
+    unit = r"blocks\.(\d+)\.(\d+)\."
+    return _replacing(
+        (r"conv_stem\.", "stem.conv."),
+        (r"bn1\.", "stem.bn."),
+        (rf"blocks\.{last}\.0\.conv\.", "final.conv."),
+        (rf"blocks\.{last}\.0\.bn1\.", "final.bn."),
+        (rf"{unit}conv_dw\.", r"stages.\1.\2.depthwise.conv."),
+        (rf"{unit}bn_dw\.", r"stages.\1.\2.depthwise.bn."),
+        (rf"{unit}se\.conv_reduce\.", r"stages.\1.\2.se.down."),
+        (rf"{unit}se\.conv_expand\.", r"stages.\1.\2.se.up."),
+        (rf"{unit}shortcut\.0\.", r"stages.\1.\2.shortcut.depthwise.conv."),
+        (rf"{unit}shortcut\.1\.", r"stages.\1.\2.shortcut.depthwise.bn."),
+        (rf"{unit}shortcut\.2\.", r"stages.\1.\2.shortcut.pointwise.conv."),
+        (rf"{unit}shortcut\.3\.", r"stages.\1.\2.shortcut.pointwise.bn."),
+        (unit, r"stages.\1.\2."),
+        (r"conv_head\.", "hidden."),
+        (r"classifier\.", "head."),
+    )(names)
+
+
 NAMINGS = (
     Naming("stages", (r"stage0\.", r"stage1\."), r"linear\.weight", _stages),
     Naming("repnas", (r"features\.0\.(?:_ops|conv|skip_connect)\.",), r"linear\.weight", _repnas),
     Naming("mobilenet", (r"conv1\.", r"stem\.0\.depthwise\.", r"stem\.0\.pointwise\."), r"linear\.weight", _mobilenet),
+    Naming("repghost", (r"conv_stem\.", r"blocks\.0\.0\.ghost1\."), r"classifier\.weight", _repghost),
     Naming("torchvision", (r"conv1\.", r"layer1\.0\.conv1\."), r"fc\.weight", _torchvision),
     Naming(
         "timm", (r"stem\.", r"stages\.0\.", r"head\.fc\."), r"head\.fc\.weight", _replacing((r"head\.fc\.", "head."))

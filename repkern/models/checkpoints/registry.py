@@ -9,6 +9,8 @@ from repkern.models.checkpoints.layout import Layout
 from repkern.models.checkpoints.mobileone import MOBILEONE
 from repkern.models.checkpoints.orepa import OREPA
 from repkern.models.checkpoints.qarepvgg import QAREPVGG
+from repkern.models.checkpoints.repghost import REPGHOST
+from repkern.models.checkpoints.repnas import REPNAS
 from repkern.models.checkpoints.repopt import REPOPT, REPOPT_SCALES
 from repkern.models.checkpoints.repvgg import REPVGG
 from repkern.models.checkpoints.timm import TIMM
@@ -17,7 +19,8 @@ __all__ = ["LAYOUTS", "RELEASED", "SCALES"]
 
 #: Layouts of networks, by name.
 RELEASED: dict[str, Layout] = {
-    layout.name: layout for layout in (REPVGG, QAREPVGG, ACNET, DBB, OREPA, DYREP, REPOPT, MOBILEONE, TIMM)
+    layout.name: layout
+    for layout in (REPVGG, QAREPVGG, ACNET, DBB, OREPA, DYREP, REPOPT, REPNAS, MOBILEONE, REPGHOST, TIMM)
 }
 
 #: The layout of files that hold only the scales of a hyper-search.

@@ -46,7 +46,8 @@ REPOPT_SCALES = Layout(
     (
         renamed(_SCALES, "scale_conv.weight"),
         renamed(
-            {"cheap_operation.1.weight": "dense_scale", "fusion_scale.weight": "identity_scale"}, "fusion_scale.weight"
+            {"cheap_operation.1.weight": "fusion.dense_scale", "fusion_scale.weight": "fusion.identity_scale"},
+            "fusion_scale.weight",
         ),
     ),
 )
