@@ -60,5 +60,5 @@ def test_bad_arguments_name_the_value():
         MobileOneBlock(4, 4, 3, num_conv_branches=0)
     block = MobileOneBlock(4, 4, 3)
     nn.init.zeros_(block.dense_bn[0].weight)
-    with pytest.raises(ValueError, match="`dense_bn.0` scales a channel by 0"):
+    with pytest.raises(ValueError, match=r"`dense_bn\.0` scales a channel by 0"):
         block.set_equivalent_kernel_bias(torch.randn(4, 4, 3, 3), None)
