@@ -27,8 +27,16 @@ def _channel(values: Tensor) -> Tensor:
 
 def branch_norm_statistics(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every branch: two [B, C]."""
-    pairs = [torch.var_mean(y.to(statistics_dtype(y.dtype)), dim=_MAP, correction=0) for y in branches]
-    return torch.stack([mean for _, mean in pairs]), torch.stack([var for var, _ in pairs])
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    for y in branches:
+        wide = y.to(statistics_dtype(y.dtype))
+        # Counted from a value of the channel: torch's variance loses what |mean| / std is worth, even in float64.
+        origin = wide[:1, :, :1, :1].detach()
+        var, mean = torch.var_mean(wide - origin, dim=_MAP, correction=0)
+        means.append(mean + origin.view(-1))
+        variances.append(var)
+    return torch.stack(means), torch.stack(variances)
 
 
 def branch_norm_statistics_backward(
