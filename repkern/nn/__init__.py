@@ -8,9 +8,11 @@ from repkern.nn.convert import ReplaceReport, replace_convs
 from repkern.nn.csla import CSLABlock
 from repkern.nn.custom_l2 import custom_l2, custom_l2_parameters
 from repkern.nn.dbb import DiverseBranchBlock
+from repkern.nn.dirac import DiracConv2d
 from repkern.nn.dyrep import DyRepBlock
 from repkern.nn.group import group_squeeze, ungroup_squeeze
 from repkern.nn.mobileone import MobileOneBlock
+from repkern.nn.odb import ODBBlock
 from repkern.nn.orepa import OREPAConv2d
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
 from repkern.nn.orepa_repvgg import OREPARepVGGBlock
@@ -19,15 +21,18 @@ from repkern.nn.reparameterize import reparameterize
 from repkern.nn.repghost import RepGhostModule
 from repkern.nn.repvgg import RepVGGBlock
 from repkern.nn.squeeze_excite import SqueezeExcite
+from repkern.nn.trivial import TrivialRepConv2d
 from repkern.nn.verify import ReparameterizeReport
 
 __all__ = [
     "ACBlock",
     "CSLABlock",
     "ConvNormAct",
+    "DiracConv2d",
     "DiverseBranchBlock",
     "DyRepBlock",
     "MobileOneBlock",
+    "ODBBlock",
     "OREPABlock",
     "OREPAConv2d",
     "OREPADeepStem",
@@ -39,6 +44,7 @@ __all__ = [
     "ReparameterizeReport",
     "ReplaceReport",
     "SqueezeExcite",
+    "TrivialRepConv2d",
     "custom_l2",
     "custom_l2_parameters",
     "fold",

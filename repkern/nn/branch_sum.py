@@ -31,11 +31,13 @@ class Branch(NamedTuple):
     make: the map before the norm as a function of the block's input; None: the input itself.
     cheap: whether making the map again in the backward costs less than keeping it. `make` must then depend on nothing
     but its argument and parameters (no random numbers), and its norms go through the functions of this module.
+    gain: a number [] that multiplies the whole term, with a gradient; None for 1.
     """
 
     norm: nn.Module | None
     make: Callable[[Tensor], Tensor] | None = None
     cheap: bool = False
+    gain: Tensor | None = None
 
 
 class _Plan(NamedTuple):
@@ -111,6 +113,7 @@ def _by_modules(maps: Sequence[Tensor], branches: Sequence[Branch], activation: 
     total: Tensor | None = None
     for y, branch in zip(maps, branches, strict=True):
         y = y if branch.norm is None else branch.norm(y)
+        y = y if branch.gain is None else y * branch.gain.to(y.dtype)
         total = y if total is None else total + y
     assert total is not None
     return total if activation is None else activation(total)
@@ -157,15 +160,22 @@ def _plan(maps: Sequence[Tensor], branches: Sequence[Branch]) -> _Plan | None:
         return None
     if group is None and (first.numel() == 0 or (batch and first.numel() == first.shape[1])):
         return None
-    return _Plan([_norm(branch.norm, first) for branch in branches], batch, group)
+    if any(branch.gain is not None and getattr(branch.norm, "weight", None) is None for branch in branches):
+        return None
+    return _Plan([_norm(branch) for branch in branches], batch, group)
 
 
-def _norm(norm: Any, like: Tensor) -> Norm | None:
+def _norm(branch: Branch) -> Norm | None:
+    norm: Any = branch.norm
     if norm is None:
         return None
+    weight, bias = norm.weight, norm.bias
+    if branch.gain is not None:  # as a factor of the norm's parameters it costs nothing
+        gain = branch.gain.to(weight.dtype)
+        weight, bias = weight * gain, bias * gain
     if uses_batch(norm):
-        return Norm(norm.weight, norm.bias, None, None, norm.eps)
-    return Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        return Norm(weight, bias, None, None, norm.eps)
+    return Norm(weight, bias, norm.running_mean, norm.running_var, norm.eps)
 
 
 def _one_parameter_dtype(norms: Sequence[Any], like: Tensor) -> bool:

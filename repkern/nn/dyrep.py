@@ -20,7 +20,8 @@ class DyRepBlock(SevenBranchBlock):
 
     branches: any of ("1x1", "1x1_kxk", "1x1_avg", "kxk", "1xk", "kx1", "id") with "kxk"; None: all that are possible
     ("id" where Ci = Co, stride 1 and the size is kept; for K = 1 only "1x1_kxk", "kxk" and "id"). Any odd K, stride,
-    padding (None keeps the size at stride 1), dilation, groups, padding_mode.
+    padding (None keeps the size at stride 1), dilation, groups, padding_mode; depthwise (groups = Ci = Co), the average
+    is that of the input.
     internal_channels: Cm of the 1x1-KxK branch; default Ci. border: as in DiverseBranchBlock. recompute: "cheap" makes
     the 1x1 and averaged maps again in the backward instead of keeping them.
     Submodules (None when absent): `dense` (KxK, with bias), `dense_bn`, `pointwise`, `pointwise_bn`, `reduce`,

@@ -13,7 +13,8 @@ from repkern.nn.block import RepBlock
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, add_branches, compose_sequential, fuse_bn, pad_to
 from repkern.nn.geometry import Geometry
-from repkern.nn.inner_norm import BORDERS, InnerNorm, averaged, averaging_kernel, bordered
+from repkern.nn.identity_pointwise import IdentityPointwise
+from repkern.nn.inner_norm import BORDERS, InnerNorm, averaged, averaging_kernel, bordered, convolve
 from repkern.nn.line import line_conv, pad_line, stripped
 from repkern.nn.normed_sum import NormedSumBlock, plain_conv, solve_before_norm
 
@@ -41,7 +42,7 @@ class SevenBranchBlock(NormedSumBlock):
     """activation(sum of any of BN(1x1), BN(KxK(BN(1x1))), BN(average(BN(1x1))), BN(KxK), BN(1xK), BN(Kx1), BN(x)).
 
     What DyRepBlock and ODBBlock share; they say which branches must exist. `dense` and `expand` may themselves be
-    blocks, whose kernels are folded recursively.
+    blocks, whose kernels are folded recursively. Depthwise (groups = Ci = Co), the average is that of the input.
     """
 
     dense: nn.Module | None
@@ -62,6 +63,8 @@ class SevenBranchBlock(NormedSumBlock):
 
     #: Whether the KxK convolution has a bias.
     _dense_bias = False
+    #: Whether `reduce` holds the deviation from an identity.
+    _identity_reduce = False
 
     def __init__(
         self,
@@ -144,9 +147,15 @@ class SevenBranchBlock(NormedSumBlock):
         if name == "1x1":
             return nn.Conv2d(ci, co, 1, self.stride, groups=groups, bias=False, **factory), norm
         if name == "1x1_avg":
+            if groups == ci == co:  # one more scale per channel would add nothing
+                return None, None, norm
             return nn.Conv2d(ci, co, 1, groups=groups, bias=False, **factory), nn.BatchNorm2d(co, **factory), norm
         if name == "1x1_kxk":
-            reduce = nn.Conv2d(ci, cm, 1, groups=groups, bias=False, **factory)
+            reduce = (
+                IdentityPointwise(ci, cm, groups, factory)
+                if self._identity_reduce
+                else nn.Conv2d(ci, cm, 1, groups=groups, bias=False, **factory)
+            )
             # It reads a map that is padded already.
             inner = self._geometry._replace(in_channels=cm, padding=(0, 0), padding_mode="zeros")
             expand = plain_conv(inner, **factory)
@@ -179,17 +188,20 @@ class SevenBranchBlock(NormedSumBlock):
         return self.pointwise(self._centre(x))
 
     def _average_map(self, x: Tensor) -> Tensor:
-        assert self.avg_inner_bn is not None
-        kernel = averaging_kernel(self.out_channels, self.kernel_size[0], self.avg.weight)
-        inner = InnerNorm(self, self.avg, self.avg_inner_bn, self.avg_bn, self.border)
+        kernel = averaging_kernel(self.out_channels, self.kernel_size[0], x)
+        if self.avg is None or self.avg_inner_bn is None:
+            return convolve(self, x, kernel, None, self.out_channels)
+        inner = InnerNorm(self, self.avg, self.avg_inner_bn, self.last_norm("1x1_avg"), self.border)
         return inner.convolve(x, kernel, self.out_channels)
 
     def _expand_map(self, x: Tensor) -> Tensor:
         assert self.expand is not None
         if self.reduce is None or self.reduce_bn is None:
+            if isinstance(self.expand, nn.Conv2d):
+                return convolve(self, x, self.expand.weight, None, self.groups)
             return self.expand(bordered(self, x))
         remake = self.recompute == "cheap"
-        inner = InnerNorm(self, self.reduce, self.reduce_bn, self.expand_bn, self.border, remake)
+        inner = InnerNorm(self, self.reduce, self.reduce_bn, self.last_norm("1x1_kxk"), self.border, remake)
         if isinstance(self.expand, nn.Conv2d):
             return inner.convolve(x, self.expand.weight, self.groups)
         return self.expand(inner.bordered(x))
@@ -221,8 +233,10 @@ class SevenBranchBlock(NormedSumBlock):
             weight, bias = _kernel_bias(self.pointwise, like)
             folded = pad_to(weight, k), bias
         elif name == "1x1_avg":
-            assert self.avg_inner_bn is not None
-            folded = averaged(fuse_bn(*_kernel_bias(self.avg, like), self.avg_inner_bn), k)
+            if self.avg is None or self.avg_inner_bn is None:
+                folded = averaging_kernel(self.out_channels, k, like), None
+            else:
+                folded = averaged(fuse_bn(*_kernel_bias(self.avg, like), self.avg_inner_bn), k)
         elif name == "1x1_kxk":
             folded = _kernel_bias(self.expand, like)
             if self.reduce is not None and self.reduce_bn is not None:
@@ -260,5 +274,7 @@ def _kernel_bias(module: Any, like: Tensor) -> KernelBias:
     """The convolution that a branch's module computes, in `like`'s dtype."""
     if isinstance(module, SevenBranchBlock):
         return module._fold_in(like)
+    if isinstance(module, IdentityPointwise):
+        return module.kernel().to(like.dtype), None
     weight, bias = module._fold() if isinstance(module, RepBlock) else (module.weight, module.bias)
     return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)

@@ -1,0 +1,39 @@
+"""The 1x1 convolution whose parameter is its deviation from an identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["IdentityPointwise"]
+
+
+class IdentityPointwise(nn.Conv2d):
+    """A 1x1 convolution [Cm, Ci/g, 1, 1] whose `weight` is the deviation from an identity (repeated for Cm > Ci)."""
+
+    identity: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, factory: dict[str, Any]) -> None:
+        super().__init__(in_channels, out_channels, 1, groups=groups, bias=False, **factory)
+        self.register_buffer("identity", torch.zeros_like(self.weight), persistent=False)
+        self.reset_identity()
+
+    @torch.no_grad()
+    def reset_identity(self) -> None:
+        """Make the 1x1 an identity."""
+        at = torch.arange(self.out_channels, device=self.weight.device)
+        inputs = at % (self.out_channels // self.groups) % (self.in_channels // self.groups)
+        self.identity.zero_()
+        self.identity[at, inputs] = 1
+        self.weight.zero_()
+
+    def kernel(self) -> Tensor:
+        """[Cm, Ci/g, 1, 1] with the identity."""
+        return self.weight + self.identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, Ci, H, W] -> [N, Cm, H, W]."""
+        return functional.conv2d(x, self.kernel(), groups=self.groups)
