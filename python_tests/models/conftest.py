@@ -1,5 +1,6 @@
 """The released implementations' numbers (float64), as the parameter `golden_case` and the fixture `golden`."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.func import functional_call
 from repkern import load_checkpoint, reparameterize
 from repkern.models.checkpoints.layout import convert_blocks
 from repkern.models.checkpoints.registry import RELEASED
+from repkern.nn.repghost import RepGhostModule
 from repkern.testing import assert_close
 
 ROOT = Path(os.environ.get("REPKERN_GOLDEN_DIR", Path(__file__).resolve().parents[2].parent / "shared" / "golden"))
@@ -24,7 +26,7 @@ def converted(tensors):
     return convert_blocks(tensors, list(RELEASED.values())).tensors
 
 
-def step(model, x, state, learned, loss=lambda output: output.square().mean()):
+def step(model, x, state, learned, *arguments, loss=lambda output: output.square().mean()):
     """(output, gradient of the input, gradients by released name, our tensors afterwards) of one call of `model`."""
     released = {name: t.clone() for name, t in state.items()}
     for name in learned:
@@ -33,13 +35,16 @@ def step(model, x, state, learned, loss=lambda output: output.square().mean()):
     buffers = {name for name, _ in model.named_buffers()}
     assert set(model.state_dict()) <= set(ours) <= set(model.state_dict()) | buffers
     x = x.clone().requires_grad_()
-    output = functional_call(model, ours, (x,))
+    output = functional_call(model, ours, (x, *arguments))
     gradients = torch.autograd.grad(loss(output), [x] + [released[name] for name in learned], allow_unused=True)
     return output, gradients[0], dict(zip(learned, gradients[1:], strict=True)), ours
 
 
 class Golden:
     """The fixtures, and what every one of them is compared with."""
+
+    converted = staticmethod(converted)
+    step = staticmethod(step)
 
     def read(self, block, case):
         return torch.load(ROOT / block / f"{case}.pt", weights_only=True)
@@ -91,7 +96,7 @@ class Golden:
         model = load_checkpoint(fixture["state_dict"], make(fixture["config"]).eval())
         self.check(model(x), expected, "loaded output")
         fresh = make(fixture["config"]).eval().fuse()
-        deployed = reparameterize(model, verify=x)
+        deployed = reparameterize(copy.deepcopy(model), verify=x)
         self.check(deployed(x), expected, "deployed output")
         if "deployed_weight" not in fixture:  # linear blocks of RepOptimizers, which have no deployed form
             return
@@ -109,7 +114,7 @@ class Golden:
     @staticmethod
     def folded(model):
         """The convolution of a block; of a RepGhost module that of its depthwise part."""
-        return model.equivalent_kernel_bias()
+        return (model.fusion if isinstance(model, RepGhostModule) else model).equivalent_kernel_bias()
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_absent_file(tmp_path):
 
 
 def test_layout_names():
-    with pytest.raises(ValueError, match="layout must be one of auto, repkern, .*orepa"):
+    with pytest.raises(ValueError, match=r"layout must be one of auto, repkern, .*orepa"):
         load_checkpoint(net().state_dict(), layout="caffe")
     with pytest.raises(ValueError, match="no tensor of layout 'orepa'"):
         load_checkpoint(net().state_dict(), layout="orepa")

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from repkern.models.checkpoints.dyrep import DYREP
+from repkern.models.checkpoints.grow import Growth, compare_graph
 from repkern.models.checkpoints.layout import Conversion, Layout, convert_blocks, fold_norms
 from repkern.models.checkpoints.match import LoadReport, match
 from repkern.models.checkpoints.networks import rename_network
@@ -49,18 +51,46 @@ def load_checkpoint(
     report = LoadReport() if report is None else report
     checkpoint = read_checkpoint(path_or_dict, ema=ema)
     report.beside = sorted(checkpoint.beside)
-    inner = None if model is None else _unwrapped(model)
-    converted = _convert(checkpoint, inner, layout, report)
-    if layout == SCALES.name:
-        scales = checked_scales(converted, inner, report, strict=strict)
+    if layout == SCALES.name or model is None:
+        converted = _convert(checkpoint, None if model is None else _unwrapped(model), layout, report)
+        if layout != SCALES.name:
+            return converted.tensors
+        scales = checked_scales(converted, None if model is None else _unwrapped(model), report, strict=strict)
         _logger.info("load_checkpoint: %s", report)
         return scales
-    if inner is None:
-        return converted.tensors
-    matched = match(converted, inner, report, strict=strict)
-    inner.load_state_dict(matched, strict=False)
+    return _load(checkpoint, model, layout, report, strict=strict)
+
+
+def _load(checkpoint: Checkpoint, model: nn.Module, layout: str, report: LoadReport, *, strict: bool) -> nn.Module:
+    inner = _unwrapped(model)
+    growth = _grown(checkpoint, inner, layout)
+    target = inner if growth is None else growth.model
+    try:
+        converted = _convert(checkpoint, target, layout, report)
+        matched = match(converted, target, report, strict=strict)
+        target.load_state_dict(matched, strict=False)
+    except BaseException:
+        if growth is not None:
+            growth.undo()
+        raise
+    if growth is not None:
+        growth.finish()
     _logger.info("load_checkpoint: %s", report)
-    return inner if model is None else model
+    return target if inner is model else model
+
+
+def _grown(checkpoint: Checkpoint, model: nn.Module, layout: str) -> Growth | None:
+    """The model with the blocks that DyRep grew, for a checkpoint that has any."""
+    if layout not in ("auto", DYREP.name) or not ("dyrep" in checkpoint.beside or DYREP.fits(checkpoint.tensors)):
+        return None
+    if "dyrep" in checkpoint.beside:
+        compare_graph(checkpoint.tensors, checkpoint.beside["dyrep"])
+    tensors, _ = rename_network(checkpoint.tensors, _modules(model))
+    return Growth(model, tensors)
+
+
+def _modules(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_modules()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -81,8 +111,7 @@ def _convert(checkpoint: Checkpoint, model: nn.Module | None, layout: str, repor
         report.layouts = ["repkern"]
         return Conversion(tensors)
     layouts = _layouts(tensors, model, layout)
-    modules = None if model is None else {name for name, _ in model.named_modules()}
-    renamed, left_out = rename_network(tensors, modules)
+    renamed, left_out = rename_network(tensors, None if model is None else _modules(model))
     converted = convert_blocks(renamed, layouts, names)
     if any(block.deployed for block in converted.blocks):
         fold_norms(converted, names)

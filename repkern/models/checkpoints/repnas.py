@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from repkern.models.checkpoints.layout import Block, BlockRule, Layout, inside, prefixed
 
 __all__ = ["REPNAS"]
@@ -26,20 +23,12 @@ def _average(block: Block) -> Block:
 
 
 def _sequence(block: Block) -> Block:
-    """1x1 and KxK; with stride 2 the released code leaves the 1x1 out."""
+    """1x1, stored as its deviation from the identity as ours, and KxK; with stride 2 there is no 1x1."""
     ours = _normed(inside("conv2.", block), "expand")
     if "conv1.weight" in block:
-        ours["reduce.weight"] = _with_identity(block["conv1.weight"])
+        ours["reduce.weight"] = block["conv1.weight"]
         ours |= prefixed("reduce_bn.", inside("bn1.bn.", block))
     return ours
-
-
-def _with_identity(deviation: Tensor) -> Tensor:
-    """[C, C/g, 1, 1]: the released 1x1 is stored as its deviation from the identity, ours here as it is."""
-    identity = torch.zeros_like(deviation)
-    at = torch.arange(deviation.shape[0])
-    identity[at, at % deviation.shape[1]] = 1
-    return deviation + identity
 
 
 def _mixed(block: Block) -> Block:
