@@ -151,9 +151,8 @@ class Network(HubMixin, nn.Module):
         """A block of this network's kind (or of `kind`, without the block options), with a ReLU unless told."""
         kind = "conv_bn" if self.block in self.own_kinds else kind
         own = self.block if kind is None or self.block == "plain" else kind
-        options = dict(self._block_options) if own == self.block else {}
-        if own != "plain" and self.options.recompute != "none":
-            options["recompute"] = self.options.recompute
+        options: dict[str, Any] = dict(self._block_options) if own == self.block else {}
+        options["recompute"] = self.options.recompute
         activation = nn.ReLU() if relu else None
         return make_block(own, in_channels, out_channels, kernel_size, stride, activation=activation, **options, **more)
 

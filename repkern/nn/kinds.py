@@ -14,6 +14,7 @@ from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.csla import CSLABlock
 from repkern.nn.dbb import DiverseBranchBlock
+from repkern.nn.dyrep import DyRepBlock
 from repkern.nn.geometry import Pair, check_geometry
 from repkern.nn.mobileone import MobileOneBlock
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
@@ -41,6 +42,7 @@ _FORMS: dict[str, tuple[_Form, ...]] = {
     "dbb": (_Form(DiverseBranchBlock),),
     "orepa": (_Form(OREPABlock, 1, 5), _Form(OREPADeepStem, 7, 255)),
     "orepa_vgg": (_Form(OREPARepVGGBlock),),
+    "dyrep": (_Form(DyRepBlock, 3, 255),),
     "csla": (_Form(CSLABlock),),
     "qarepvgg": (_Form(QARepVGGBlock),),
     "mobileone": (_Form(MobileOneBlock, 1, 255),),
@@ -97,12 +99,14 @@ def make_block(
     se: int | None = None,
     post_se: int | None = None,
     identity: bool = True,
+    recompute: str = "none",
     **options: Any,
 ) -> nn.Module:
     """A fresh block of `kind` (one of `KINDS`), or its deployed form for "plain".
 
     A kind that has no form for this kernel size gives a ConvNormAct. se, post_se: channels that a squeeze-excite before
     or after the activation reduces to, for every kind. identity=False: no identity branch even where one is possible.
+    recompute: handed to the classes that have it, those that sum several normed branches.
     options: those of the kind's classes; each class gets the ones it takes (see `check_kind`).
     Whatever the kind, the reparameterized state_dict has the keys and shapes of kind="plain".
     """
@@ -114,6 +118,8 @@ def make_block(
     check_kind(kind, options)
     block = _form_of(kind, geometry.kernel_size[0])
     taken: dict[str, Any] = {name: value for name, value in options.items() if name in _keywords(block)}
+    if "recompute" in _arguments(block):
+        taken["recompute"] = recompute
     make: Callable[..., RepBlock] = block
     if set(excite) <= _arguments(block):
         return _with_identity(make(*geometry[:7], activation=activation, **excite, **taken), identity)
