@@ -11,6 +11,7 @@ from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.dirac import DiracConv2d
 from repkern.nn.dyrep import DyRepBlock
 from repkern.nn.group import group_squeeze, ungroup_squeeze
+from repkern.nn.kinds import BLOCKS, KINDS, make_block
 from repkern.nn.mobileone import MobileOneBlock
 from repkern.nn.odb import ODBBlock
 from repkern.nn.orepa import OREPAConv2d
@@ -25,6 +26,8 @@ from repkern.nn.trivial import TrivialRepConv2d
 from repkern.nn.verify import ReparameterizeReport
 
 __all__ = [
+    "BLOCKS",
+    "KINDS",
     "ACBlock",
     "CSLABlock",
     "ConvNormAct",
@@ -49,6 +52,7 @@ __all__ = [
     "custom_l2_parameters",
     "fold",
     "group_squeeze",
+    "make_block",
     "reparameterize",
     "replace_convs",
     "ungroup_squeeze",

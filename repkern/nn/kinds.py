@@ -17,6 +17,7 @@ from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.dyrep import DyRepBlock
 from repkern.nn.geometry import Pair, check_geometry
 from repkern.nn.mobileone import MobileOneBlock
+from repkern.nn.odb import ODBBlock
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
 from repkern.nn.orepa_repvgg import OREPARepVGGBlock
 from repkern.nn.qarepvgg import QARepVGGBlock
@@ -42,6 +43,7 @@ _FORMS: dict[str, tuple[_Form, ...]] = {
     "dbb": (_Form(DiverseBranchBlock),),
     "orepa": (_Form(OREPABlock, 1, 5), _Form(OREPADeepStem, 7, 255)),
     "orepa_vgg": (_Form(OREPARepVGGBlock),),
+    "odbb": (_Form(ODBBlock),),
     "dyrep": (_Form(DyRepBlock, 3, 255),),
     "csla": (_Form(CSLABlock),),
     "qarepvgg": (_Form(QARepVGGBlock),),
