@@ -70,14 +70,20 @@ class _Kept:
 
 
 class _Slot:
-    """A saved tensor that is not kept: its place in the recipe, and its value between a replay and its use."""
+    """A saved tensor that is not kept: its place in the recipe, and its value between a replay and its last use."""
 
-    __slots__ = ("__weakref__", "address", "place", "recipe", "value", "version")
+    __slots__ = ("__weakref__", "address", "given", "place", "recipe", "users", "value", "version")
 
     def __init__(self, recipe: _Recipe, place: int, tensor: Tensor) -> None:
         self.recipe, self.place = recipe, place
         self.address, self.version = tensor.data_ptr(), tensor._version
         self.value: Tensor | None = tensor
+        self.users, self.given = 0, 0
+
+    def wanted(self) -> _Slot:
+        """Count one more operation that saves this tensor."""
+        self.users += 1
+        return self
 
     def fill(self, value: Tensor) -> None:
         """Put in what the replay made, or found again: then it must be as it was."""
@@ -91,8 +97,11 @@ class _Slot:
             self.recipe.replay()
             value = self.value
             assert value is not None
-        if not self.recipe.kept_after_all:
-            self.value = None
+        self.given += 1
+        if self.given >= self.users:
+            self.given = 0
+            if not self.recipe.kept_after_all:
+                self.value = None
         return value
 
 
@@ -223,7 +232,8 @@ class Recompute:
         return saved_tensors_hooks(self._pack, _unpack) if self._outputs else contextlib.nullcontext()
 
     def _pack(self, tensor: Tensor) -> _Kept | _Slot:
-        return self._outputs.get(_key(tensor)) or _Kept(tensor)
+        slot = self._outputs.get(_key(tensor))
+        return _Kept(tensor) if slot is None else slot.wanted()
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:
