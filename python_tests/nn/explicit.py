@@ -162,3 +162,62 @@ def check_compiles(block, same):
         if one.requires_grad:
             bound = GRADIENT * float(wanted.detach().abs().max()) * 1e3
             assert_close(one.grad, other.grad, bound, f"compiled gradient of {name}")
+
+
+def check_step(block, literal, same, what=""):
+    """Output, gradients and statistics after one step of `block` against `literal(copy, x)`, which calls its norms."""
+    block.zero_grad()
+    twin = copy.deepcopy(block)
+    x, y = (images(block.in_channels).requires_grad_() for _ in range(2))
+    y.data.copy_(x.data)
+    got, wanted = block(x), literal(twin, y)
+    same(got, wanted, FUSED, f"{what} output")
+    toward = torch.randn_like(got)
+    (got * toward).sum().backward()
+    (wanted * toward).sum().backward()
+    theirs = {"input": y, **dict(twin.named_parameters())}
+    size = max(float(tensor.grad.abs().max()) for tensor in theirs.values())
+    for name, tensor in {"input": x, **dict(block.named_parameters())}.items():
+        difference = float((tensor.grad - theirs[name].grad).abs().max())
+        assert difference <= GRADIENT * size, f"{what} gradient of {name}: {difference:.3g}, the largest is {size:.3g}"
+    for (name, one), other in zip(block.named_buffers(), twin.buffers(), strict=True):
+        assert_close(one.double(), other.double(), FUSED * float(1 + other.abs().max()), f"{what} {name}")
+
+
+def normed_and_padded(block, y, norm):
+    """pad(norm(y)) whose border is what the norm makes of zero; block.border says by which statistics."""
+    z = norm(y)
+    height, width = block._pad
+    if block.padding_mode != "zeros":
+        return padded(block, z)
+    if block.border == "released":
+        mean, var = norm.running_mean, norm.running_var
+    elif norm.training:
+        var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
+    else:
+        mean, var = norm.running_mean, norm.running_var
+    of_zero = norm.bias - mean * norm.weight / torch.sqrt(var + norm.eps)
+    if block.border == "released":
+        of_zero = of_zero.detach()
+    of_zero = of_zero[:, None, None]
+    return functional.pad(z - of_zero, (width, width, height, height)) + of_zero
+
+
+def pooled(block, z):
+    """Average pooling of a padded map at the block's stride and dilation."""
+    k = block.kernel_size[0]
+    if block.dilation == (1, 1):
+        return functional.avg_pool2d(z, k, block.stride)
+    windows = functional.unfold(z, k, block.dilation, 0, block.stride).unflatten(1, (z.shape[1], k * k)).mean(2)
+    size = (z.shape[at + 2] - block.dilation[at] * (k - 1) - 1 for at in (0, 1))
+    return windows.unflatten(2, [extent // stride + 1 for extent, stride in zip(size, block.stride, strict=True)])
+
+
+def one_by_one(block, x, weight):
+    """The 1x1 convolution, weight [Cm, Ci/g, 1, 1], of the whole map."""
+    return functional.conv2d(x, weight, None, groups=block.groups)
+
+
+def expanded(block, z, weight):
+    """The KxK convolution of a padded map."""
+    return functional.conv2d(z, weight, None, block.stride, 0, block.dilation, block.groups)
