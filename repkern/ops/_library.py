@@ -63,6 +63,7 @@ class Op:
     name: str
     overload: Any
     check: Callable[..., Any]
+    differentiable: bool = True
 
     def implementation(self, backend: str) -> Callable[..., Any]:
         """The function that runs this op on `backend`: (*args) as in the schema, for native ones (plan, *args)."""
@@ -118,15 +119,17 @@ def define_op(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    inference_only: str | None = None,
 ) -> Op:
     """Register `repkern::<name>` and add it to the op table.
 
     `fake(*args)` returns empty outputs of the right shape. `setup_context(ctx, args, output)` and
     `backward(ctx, *grads) -> one gradient (or list) per argument` make it differentiable; without them it is a backward
-    op, and where it is differentiated again its reference runs instead.
+    op, and where it is differentiated again its reference runs instead. `inference_only` says what to use instead where
+    a gradient would be recorded, which is then a RuntimeError.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check)
+    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check, inference_only is None)
     OPS[name] = op
 
     def run_fake(*args: Any) -> Any:
@@ -137,6 +140,8 @@ def define_op(
     torch.library.register_fake(f"repkern::{name}", run_fake, lib=_LIBRARY)
     if backward is not None and setup_context is not None:
         _LIBRARY.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd")
+    elif inference_only is not None:
+        _LIBRARY.impl(name, _refuse_gradients(op, inference_only), "Autograd")
     else:
         _LIBRARY.impl(name, _reference_where_differentiated(op), "Autograd")
     return op
@@ -150,6 +155,16 @@ def _reference_where_differentiated(op: Op) -> Callable[..., Any]:
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in flat):
             op.check(*args)
             return op.implementation("reference")(*args)
+        with _AutoDispatchBelowAutograd():
+            return op.overload(*args)
+
+    return kernel
+
+
+def _refuse_gradients(op: Op, instead: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(f"{op.name} has no gradient; {instead}")
         with _AutoDispatchBelowAutograd():
             return op.overload(*args)
 

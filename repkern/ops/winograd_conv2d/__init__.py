@@ -1,0 +1,140 @@
+"""winograd_conv2d: 3x3 stride-1 convolution for inference with fewer multiplications (docs/ops/winograd_conv2d.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repkern.ops._library import define_op
+from repkern.ops.winograd_conv2d.contract import (
+    ACTIVATIONS,
+    OP,
+    check_conv,
+    check_weight,
+    output_size,
+    packed_shape,
+)
+from repkern.ops.winograd_conv2d.matrices import TILES
+
+__all__ = ["ACTIVATIONS", "TILES", "winograd_conv2d", "winograd_conv2d_packed", "winograd_transform_weight"]
+
+_HALF = (torch.bfloat16, torch.float16)
+_INSTEAD = "it is for inference: use torch.conv2d to train, or call it under torch.no_grad()"
+
+
+def _map_format(x: Tensor) -> torch.memory_format:
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def _fake_conv(x: Tensor, packed: Tensor, bias: Any, residual: Any, out_channels: int, *options: int) -> Tensor:
+    shape = (x.shape[0], out_channels, *output_size(x, options[1]))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_map_format(x))
+
+
+def _fake_weight(weight: Tensor, tile: int, groups: int) -> Tensor:
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    return weight.new_empty(packed_shape(weight.shape[0], weight.shape[1], tile, groups), dtype=dtype)
+
+
+_packed_op = define_op(
+    OP,
+    f"{OP}_packed",
+    "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_channels, int tile, int padding, int groups, "
+    "int activation) -> Tensor",
+    check=check_conv,
+    fake=_fake_conv,
+    inference_only=_INSTEAD,
+)
+_weight_op = define_op(
+    OP,
+    "winograd_transform_weight",
+    "(Tensor weight, int tile, int groups) -> Tensor",
+    check=check_weight,
+    fake=_fake_weight,
+    inference_only=_INSTEAD,
+)
+
+
+def winograd_transform_weight(weight: Tensor, tile: int, *, groups: int = 1) -> Tensor:
+    """The transformed filters of F(tile x tile, 3x3), once per weight, for `winograd_conv2d_packed`.
+
+    weight [K, C/g, 3, 3] in float32, float64, bfloat16 or float16; tile: 2, 4 or 6. Returns U = G w G^T, computed in
+    float64, in blocks of 16 output channels: [g, ceil(K/g / 16), (tile + 2)^2, C/g, 16], float32 (float64 for float64),
+    zeros behind the last output channel. RuntimeError where a gradient would be recorded.
+    """
+    return _weight_op(weight, tile, groups)
+
+
+def winograd_conv2d_packed(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_channels: int,
+    tile: int,
+    padding: int = 1,
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `winograd_conv2d`, with weights transformed before by `winograd_transform_weight` for the same tile.
+
+    packed and bias are float32, or float64 with x.
+    """
+    return _packed_op(x, packed, bias, residual, out_channels, tile, padding, groups, _code(activation))
+
+
+def _code(activation: str | None) -> int:
+    name = activation or "none"
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{OP}: `activation` must be one of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
+    return ACTIVATIONS.index(name)
+
+
+def winograd_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    tile: int | str = "auto",
+) -> Tensor:
+    """activation(conv2d(x, weight, bias, stride 1, padding) + residual) by Winograd's algorithm; for inference.
+
+    x [N, C, H, W], contiguous or channels_last (the result has the same format, neither is copied), float32, float64,
+    bfloat16 or float16; weight [K, C/g, 3, 3] and bias [K] of the same dtype; residual like the result
+    [N, K, H + 2 padding - 2, W + 2 padding - 2]. padding: 0, 1 or 2. activation: one of `ACTIVATIONS` or None.
+    tile: 2, 4, 6, or "auto": 4 in float32 and float64, 2 in half precision on a GPU, where the products are half too.
+    Relative L2 error against float64 in float32: about 3e-7 (tile 2), 1e-6 (4), 4e-6 (6). NaN and infinity spread to
+    every output of their tile. Deterministic. Source: Lavin and Gray, arXiv 1509.09308; points in `matrices.py`.
+    Raises ValueError or TypeError for arguments that do not fit, RuntimeError where a gradient would be recorded.
+    """
+    if isinstance(tile, str):
+        if tile != "auto":
+            raise ValueError(f"{OP}: `tile` must be 'auto' or one of {', '.join(map(str, TILES))}, got {tile!r}")
+        tile = 2 if x.dtype in _HALF and x.is_cuda else 4
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{OP}: `weight` is {weight.dtype} but `x` is {x.dtype}; all must share one dtype")
+    if weight.dim() == 4 and x.dim() == 4 and weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"{OP}: `weight` takes {weight.shape[1]} x {groups} groups = {weight.shape[1] * groups} channels, "
+            f"but `x` has {x.shape[1]}"
+        )
+    packed = winograd_transform_weight(weight, tile, groups=groups)
+    return winograd_conv2d_packed(
+        x,
+        packed,
+        bias if bias is None else bias.to(packed.dtype),
+        out_channels=weight.shape[0],
+        tile=tile,
+        padding=padding,
+        groups=groups,
+        activation=activation or "none",
+        residual=residual,
+    )

@@ -1,0 +1,91 @@
+"""What callers of winograd_conv2d must keep, checked before any kernel, and the numbers that C++ and Python share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repkern.ops import _check
+from repkern.ops.winograd_conv2d.matrices import TILES
+
+__all__ = ["ACTIVATIONS", "LANES", "OP", "blocks_of", "check_conv", "check_weight", "output_size", "packed_shape"]
+
+OP = "winograd_conv2d"
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+# Output channels that lie next to each other in packed weights: one AVX-512 vector.
+LANES = 16
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def blocks_of(outputs_per_group: int) -> int:
+    """How many blocks of LANES hold the output channels of a group."""
+    return -(-outputs_per_group // LANES)
+
+
+def packed_shape(out_channels: int, inputs_per_group: int, tile: int, groups: int) -> tuple[int, ...]:
+    """[g, ceil(K/g / 16), (tile + 2)^2, C/g, 16]."""
+    return groups, blocks_of(out_channels // groups), (tile + 2) ** 2, inputs_per_group, LANES
+
+
+def output_size(x: Tensor, padding: int) -> tuple[int, int]:
+    """Height and width of the output; ValueError where there is none."""
+    height, width = (int(n) + 2 * padding - 2 for n in x.shape[2:])
+    if height < 1 or width < 1:
+        raise ValueError(f"{OP}: a 3x3 kernel with padding {padding} has no output on an input of {tuple(x.shape[2:])}")
+    return height, width
+
+
+def _check_options(tile: int, groups: int, out_channels: int) -> None:
+    if tile not in TILES:
+        raise ValueError(f"{OP}: `tile` must be one of {', '.join(map(str, TILES))}, got {tile}")
+    if groups < 1 or out_channels < 1 or out_channels % groups:
+        raise ValueError(f"{OP}: out_channels (={out_channels}) must be divisible by `groups` (={groups})")
+
+
+def check_weight(weight: Tensor, tile: int, groups: int) -> None:
+    """ValueError or TypeError unless `weight` is that of a 3x3 convolution with `groups`."""
+    _check.require_same(OP, {"weight": weight}, _FLOATING)
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3) or 0 in weight.shape:
+        raise ValueError(
+            f"{OP}: `weight` must be a non-empty [K, C/g, 3, 3], got {tuple(weight.shape)}; other kernels: torch.conv2d"
+        )
+    _check_options(tile, groups, weight.shape[0])
+
+
+def check_conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    tile: int,
+    padding: int,
+    groups: int,
+    activation: int,
+) -> None:
+    """ValueError or TypeError for anything a kernel must not see."""
+    _check.require_same(OP, {"x": x, "residual": residual}, _FLOATING)
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    for name, tensor in (("packed", packed), ("bias", bias)):
+        if tensor is None:
+            continue
+        _check.require_same(OP, {name: tensor}, _FLOATING)
+        if tensor.dtype != wide:
+            raise TypeError(f"{OP}: `{name}` is {tensor.dtype} but `x` of {x.dtype} needs {wide}; one dtype for all")
+        if tensor.device != x.device:
+            raise ValueError(f"{OP}: `{name}` is on {tensor.device} but `x` is on {x.device}; one device is needed")
+    _check_options(tile, groups, out_channels)
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"{OP}: `x` must be a non-empty [N, C, H, W], got {tuple(x.shape)}")
+    if x.shape[1] % groups:
+        raise ValueError(f"{OP}: the {x.shape[1]} channels of `x` must be divisible by `groups` (={groups})")
+    if padding not in (0, 1, 2):
+        raise ValueError(f"{OP}: `padding` must be 0, 1 or 2, got {padding}; other paddings: torch.conv2d")
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise ValueError(f"{OP}: `activation` must be a code below {len(ACTIVATIONS)}, got {activation}")
+    _check.require_shape(OP, "packed", packed, packed_shape(out_channels, x.shape[1] // groups, tile, groups))
+    size = output_size(x, padding)
+    if bias is not None:
+        _check.require_shape(OP, "bias", bias, (out_channels,))
+    if residual is not None:
+        _check.require_shape(OP, "residual", residual, (x.shape[0], out_channels, *size))

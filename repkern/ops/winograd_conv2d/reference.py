@@ -1,0 +1,82 @@
+"""winograd_conv2d in plain torch: the meaning. The math is in docs/ops/winograd_conv2d.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, LANES, blocks_of
+from repkern.ops.winograd_conv2d.matrices import matrices
+
+__all__ = ["activate", "pack", "tiled_product", "winograd_conv2d_packed", "winograd_transform_weight"]
+
+
+def winograd_transform_weight(weight: Tensor, tile: int, groups: int) -> Tensor:
+    """[K, C/g, 3, 3] -> U = G w G^T as [g, ceil(K/g / 16), (tile + 2)^2, C/g, 16], zeros behind the last output."""
+    g = matrices(tile).g.to(weight.device)
+    transformed = torch.einsum("ai,kcij,bj->kcab", g, weight.double(), g).flatten(2)
+    return pack(transformed, groups).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
+
+
+def pack(transformed: Tensor, groups: int) -> Tensor:
+    """[K, C/g, P] -> [g, ceil(K/g / 16), P, C/g, 16], zeros behind the last output of a group."""
+    per_group = transformed.unflatten(0, (groups, -1))
+    outputs = per_group.shape[1]
+    blocks = blocks_of(outputs)
+    padded = functional.pad(per_group, (0, 0, 0, 0, 0, blocks * LANES - outputs))
+    return padded.unflatten(1, (blocks, LANES)).permute(0, 1, 4, 3, 2).contiguous()
+
+
+def winograd_conv2d_packed(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    tile: int,
+    padding: int,
+    groups: int,
+    activation: int,
+) -> Tensor:
+    """activation(conv3x3(x) + bias + residual) [N, K, H + 2 padding - 2, W + 2 padding - 2]."""
+    m = matrices(tile)
+    a, b = (matrix.to(x.device, packed.dtype) for matrix in (m.a, m.b))
+    y = tiled_product(x.to(packed.dtype), packed, out_channels, padding, groups, a, b)
+    if bias is not None:
+        y = y + bias.view(-1, 1, 1)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return activate(y, activation).to(x.dtype)
+
+
+def tiled_product(
+    x: Tensor, packed: Tensor, out_channels: int, padding: int, groups: int, a: Tensor, b: Tensor
+) -> Tensor:
+    """The tiles of x through B, times the packed weights, through A, cut to the output's size."""
+    tile, size = a.shape
+    height, width = (n + 2 * padding - 2 for n in x.shape[2:])
+    rows, columns = -(-height // tile), -(-width // tile)
+    x = functional.pad(
+        x, (padding, columns * tile + 2 - x.shape[3] - padding, padding, rows * tile + 2 - x.shape[2] - padding)
+    )
+    patches = (
+        x.unfold(2, size, tile).unfold(3, size, tile).unflatten(1, (groups, -1))
+    )  # [N, g, C/g, rows, columns, r, r]
+    v = torch.einsum("ai,ngcyxij,bj->ngcyxab", b, patches, b).flatten(-2)
+    u = packed.permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, : out_channels // groups]  # [g, P, K/g, C/g]
+    product = torch.einsum("gpkc,ngcyxp->ngkyxp", u, v).unflatten(-1, (size, size))
+    tiles = torch.einsum("ia,ngkyxab,jb->ngkyixj", a, product, a)
+    return tiles.flatten(-2).flatten(-3, -2).flatten(1, 2)[:, :, :height, :width]
+
+
+def activate(y: Tensor, activation: int) -> Tensor:
+    """The activation of this code."""
+    functions = {
+        "relu": functional.relu,
+        "relu6": functional.relu6,
+        "silu": functional.silu,
+        "hardswish": functional.hardswish,
+    }
+    name = ACTIVATIONS[activation]
+    return y if name == "none" else functions[name](y)

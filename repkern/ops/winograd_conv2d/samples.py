@@ -1,0 +1,127 @@
+"""Inputs of the winograd_conv2d ops for tests and benchmarks, and how far their results may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from repkern.ops._sample import Sample
+from repkern.ops.winograd_conv2d import reference
+from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, output_size
+from repkern.ops.winograd_conv2d.matrices import matrices
+
+__all__ = ["samples"]
+
+# The activations' own roundings, and their largest slope.
+_ACTIVATION_ROUNDINGS = 8
+_SLOPE = 1.5
+
+
+class _Case(NamedTuple):
+    n: int
+    c: int
+    k: int
+    h: int
+    w: int
+    tile: int = 4
+    padding: int = 1
+    groups: int = 1
+    activation: str = "relu"
+    bias: bool = True
+    residual: bool = False
+    channels_last: bool = False
+    slow: bool = False
+
+    def __str__(self) -> str:
+        marks = [self.activation] + [name for name in ("bias", "residual", "channels_last") if getattr(self, name)]
+        sizes = f"{self.n}x{self.c}x{self.h}x{self.w}_k{self.k}_f{self.tile}_p{self.padding}_g{self.groups}"
+        return "_".join([sizes, *marks])
+
+
+# Sizes: one, below a tile, a tile, one more, primes; channels: one, a vector, one off it; every tile and option.
+_CASES = (
+    _Case(1, 1, 1, 1, 1),
+    _Case(2, 3, 5, 7, 9, residual=True),
+    _Case(1, 1, 1, 1, 1, tile=6, padding=2),
+    _Case(1, 16, 16, 4, 4, activation="none", channels_last=True),
+    _Case(2, 5, 17, 5, 3, tile=2, activation="silu", channels_last=True, residual=True),
+    _Case(1, 17, 33, 11, 13, tile=6, activation="hardswish", bias=False),
+    _Case(3, 8, 15, 4, 5, tile=2, padding=0, activation="relu6"),
+    _Case(1, 6, 8, 3, 8, padding=0, groups=2, channels_last=True),
+    _Case(1, 6, 6, 6, 7, padding=2, groups=6, activation="none", bias=False),
+    _Case(2, 34, 36, 9, 2, groups=2, residual=True, activation="relu6"),
+    _Case(5, 4, 70, 2, 2, tile=2, residual=True, channels_last=True),
+    _Case(1, 33, 31, 17, 16, tile=6, channels_last=True, residual=True),
+)
+_SLOW = (
+    _Case(1, 64, 96, 29, 31, slow=True),
+    _Case(2, 48, 112, 19, 23, channels_last=True, residual=True, slow=True),
+    _Case(1, 192, 64, 7, 7, tile=2, slow=True),
+    _Case(9, 20, 20, 14, 15, tile=6, groups=4, channels_last=True, slow=True),
+)
+
+
+def samples(op_name: str) -> list[Sample]:
+    """Samples for `winograd_conv2d_packed` or `winograd_transform_weight`."""
+    generator = torch.Generator().manual_seed(31)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    make = _conv if op_name == "winograd_conv2d_packed" else _weight
+    return [make(case, random) for case in _CASES + _SLOW]
+
+
+def _weight(case: _Case, random: Callable[..., Tensor]) -> Sample:
+    args = (random(case.k, case.c // case.groups, 3, 3), case.tile, case.groups)
+    return Sample(str(case), args, (), slow=case.slow, bounds=_weight_bounds)
+
+
+def _conv(case: _Case, random: Callable[..., Tensor]) -> Sample:
+    def like_map(values: Tensor) -> Tensor:
+        return values.contiguous(memory_format=torch.channels_last) if case.channels_last else values
+
+    x = like_map(random(case.n, case.c, case.h, case.w))
+    packed = reference.winograd_transform_weight(random(case.k, case.c // case.groups, 3, 3), case.tile, case.groups)
+    bias = random(case.k) if case.bias else None
+    residual = like_map(random(case.n, case.k, *output_size(x, case.padding))) if case.residual else None
+    options = (case.k, case.tile, case.padding, case.groups, ACTIVATIONS.index(case.activation))
+    return Sample(str(case), (x, packed, bias, residual, *options), (), slow=case.slow, bounds=_conv_bounds)
+
+
+def _weight_bounds(args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Computed in float64, rounded once: two products of length 3 with three roundings in each entry of G."""
+    weight, tile, groups = args
+    size = _absolute_weight(weight, tile, groups)
+    exact = torch.finfo(torch.float64).eps / 2
+    own = 0.0 if dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
+    return [(16 * exact + own) * size]
+
+
+def _absolute_weight(weight: Tensor, tile: int, groups: int) -> Tensor:
+    """|G| |w| |G|^T, packed."""
+    own = matrices(tile)
+    g = own.g.abs()
+    transformed = torch.einsum("ai,kcij,bj->kcab", g, weight.abs(), g)
+    return reference.pack(transformed.flatten(2), groups)
+
+
+def _conv_bounds(args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+    """First order in u: every sum of the algorithm on absolute values, times the roundings on the longest way through.
+
+    A rounding of the transforms and products happens in S, the result is rounded to the maps' dtype once.
+    """
+    x, packed, bias, residual, out_channels, tile, padding, groups, _ = args
+    own = matrices(tile)
+    size = reference.tiled_product(x.abs(), packed.abs(), out_channels, padding, groups, own.a.abs(), own.b.abs())
+    if bias is not None:
+        size = size + bias.abs().view(-1, 1, 1)
+    if residual is not None:
+        size = size + residual.abs()
+    u = torch.finfo(dtype).eps / 2
+    # Two passes of B and of A (r terms each, and the rounding of their coefficients), the sum over channels, bias, sum.
+    roundings = 4 * (tile + 3) + x.shape[1] // groups + 2 + _ACTIVATION_ROUNDINGS
+    return [_SLOPE * roundings * u / (1 - roundings * u) * size]
