@@ -13,6 +13,7 @@ namespace repkern {
 
 void register_compose_sequential(py::module_& m);
 void register_orepa_squeeze(py::module_& m);
+void register_winograd_conv2d(py::module_& m);
 
 namespace {
 
@@ -55,4 +56,5 @@ PYBIND11_MODULE(REPKERN_MODULE_NAME, m) {
   m.def("set_isa", &repkern::set_isa_by_name, py::arg("name"));
   repkern::register_compose_sequential(m);
   repkern::register_orepa_squeeze(m);
+  repkern::register_winograd_conv2d(m);
 }

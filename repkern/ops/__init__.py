@@ -11,6 +11,7 @@ from repkern.ops.branch_norm_add import (
 )
 from repkern.ops.compose_sequential import compose_sequential
 from repkern.ops.orepa_squeeze import SqueezeBranches, orepa_squeeze, orepa_squeeze_many
+from repkern.ops.winograd_conv2d import winograd_conv2d, winograd_conv2d_packed, winograd_transform_weight
 
 __all__ = [
     "BACKENDS",
@@ -26,4 +27,7 @@ __all__ = [
     "orepa_squeeze",
     "orepa_squeeze_many",
     "use_backend",
+    "winograd_conv2d",
+    "winograd_conv2d_packed",
+    "winograd_transform_weight",
 ]

@@ -13,6 +13,7 @@ from repkern.ops.winograd_conv2d.contract import (
     OP,
     check_conv,
     check_weight,
+    map_format,
     output_size,
     packed_shape,
 )
@@ -24,14 +25,9 @@ _HALF = (torch.bfloat16, torch.float16)
 _INSTEAD = "it is for inference: use torch.conv2d to train, or call it under torch.no_grad()"
 
 
-def _map_format(x: Tensor) -> torch.memory_format:
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if nhwc else torch.contiguous_format
-
-
 def _fake_conv(x: Tensor, packed: Tensor, bias: Any, residual: Any, out_channels: int, *options: int) -> Tensor:
     shape = (x.shape[0], out_channels, *output_size(x, options[1]))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_map_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=map_format(x))
 
 
 def _fake_weight(weight: Tensor, tile: int, groups: int) -> Tensor:

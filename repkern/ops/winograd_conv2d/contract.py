@@ -8,7 +8,17 @@ from torch import Tensor
 from repkern.ops import _check
 from repkern.ops.winograd_conv2d.matrices import TILES
 
-__all__ = ["ACTIVATIONS", "LANES", "OP", "blocks_of", "check_conv", "check_weight", "output_size", "packed_shape"]
+__all__ = [
+    "ACTIVATIONS",
+    "LANES",
+    "OP",
+    "blocks_of",
+    "check_conv",
+    "check_weight",
+    "map_format",
+    "output_size",
+    "packed_shape",
+]
 
 OP = "winograd_conv2d"
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
@@ -25,6 +35,12 @@ def blocks_of(outputs_per_group: int) -> int:
 def packed_shape(out_channels: int, inputs_per_group: int, tile: int, groups: int) -> tuple[int, ...]:
     """[g, ceil(K/g / 16), (tile + 2)^2, C/g, 16]."""
     return groups, blocks_of(out_channels // groups), (tile + 2) ** 2, inputs_per_group, LANES
+
+
+def map_format(x: Tensor) -> torch.memory_format:
+    """The memory format of the result: channels_last for an x that is that and not contiguous too."""
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def output_size(x: Tensor, padding: int) -> tuple[int, int]:

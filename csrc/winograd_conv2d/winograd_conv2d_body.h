@@ -1,0 +1,307 @@
+// The convolution for one instruction set: blocks of tiles go through B, the products and A without leaving the cache.
+#pragma once
+#include "common/parallel.h"
+#include "common/workspace.h"
+#include "winograd_conv2d/winograd_conv2d_isa.h"
+#include "winograd_conv2d/winograd_conv2d_maps_body.h"
+#include "winograd_conv2d/winograd_conv2d_transform_body.h"
+#include "winograd_conv2d/winograd_conv2d_weight_body.h"
+
+namespace repkern {
+namespace REPKERN_ISA_NAMESPACE {
+
+namespace {  // as Workspace
+
+template <class X, int M>
+class Conv {
+  using Map = Maps<X>;
+  using T = typename Map::T;
+  using V = Vec<T>;
+  using Reg = typename V::Reg;
+  using Tiles = Transform<T, M>;
+  static constexpr int W = V::width, R = M + 2, P = R * R;
+
+ public:
+  Conv(const WinogradParams& p, void* workspace, int threads)
+      : p_(p),
+        plan_(p, threads),
+        in_{p.c, p.h, p.w, p.channels_last != 0},
+        out_{p.k, plan_.oh, plan_.ow, p.channels_last != 0},
+        activate_{static_cast<WinogradActivation>(p.activation)},
+        space_(workspace) {
+    const int64_t inputs = P * plan_.v_point;
+    if (plan_.shared) shared_v_ = space_.template take<T>(p.groups * inputs);
+    const size_t before = space_.used();
+    own_ = take_own();
+    own_bytes_ = space_.used() - before;
+    bytes_ = before + own_bytes_ * static_cast<size_t>(threads);
+  }
+
+  size_t bytes() const { return bytes_; }
+
+  void run(int threads) {
+    if (!plan_.shared) {
+      parallel_for(plan_.count, threads, [this](int64_t unit, int thread) {
+        const Own own = own_of(thread);
+        const Range range = range_of(unit);
+        for (int64_t g = 0; g < p_.groups; ++g) {
+          read(range, g, 0, plan_.vectors, own.v, own);
+          for (int64_t panel = 0; panel < plan_.panels; ++panel) multiply(range, g, panel, own.v, own);
+        }
+      });
+      return;
+    }
+    for (int64_t unit = 0; unit < plan_.count; ++unit) {
+      const Range range = range_of(unit);
+      parallel_for(p_.groups * plan_.vectors, threads, [&](int64_t part, int thread) {
+        const int64_t g = part / plan_.vectors, vector = part % plan_.vectors;
+        read(range, g, vector, vector + 1, shared_v_ + g * P * plan_.v_point, own_of(thread));
+      });
+      parallel_for(p_.groups * plan_.panels, threads, [&](int64_t part, int thread) {
+        const int64_t g = part / plan_.panels;
+        multiply(range, g, part % plan_.panels, shared_v_ + g * P * plan_.v_point, own_of(thread));
+      });
+    }
+  }
+
+ private:
+  struct Range {
+    int64_t first, count;  // tiles
+  };
+  // A thread's own memory.
+  struct Own {
+    T *v, *m, *zeros, *strip, *flat;
+  };
+  // Tiles next to each other in a row of tiles.
+  struct Run {
+    int64_t n, ty, tx, count;
+  };
+
+  Range range_of(int64_t unit) const {
+    const int64_t first = unit * plan_.block;
+    return {first, least(plan_.block, plan_.tiles - first)};
+  }
+
+  Own take_own() {
+    Own own;
+    own.v = plan_.shared ? nullptr : space_.template take<T>(P * plan_.v_point);
+    own.m = space_.template take<T>(P * plan_.m_point);
+    own.zeros = space_.template take<T>(plan_.vectors * W);
+    own.strip = space_.template take<T>(R * plan_.strip * W);
+    own.flat = space_.template take<T>(W * plan_.strip);
+    return own;
+  }
+
+  Own own_of(int thread) const {
+    const int64_t step = static_cast<int64_t>(own_bytes_ / sizeof(T)) * thread;
+    return {plan_.shared ? nullptr : own_.v + step, own_.m + step, own_.zeros + step, own_.strip + step,
+            own_.flat + step};
+  }
+
+  template <class Body>
+  void each_run(const Range& range, const Body& body) const {
+    for (int64_t t = 0; t < range.count;) {
+      const int64_t tile = range.first + t, line = tile / plan_.columns;
+      Run run{line / plan_.rows, line % plan_.rows, tile % plan_.columns, 0};
+      run.count = least(range.count - t, plan_.columns - run.tx);
+      body(run, t);
+      t += run.count;
+    }
+  }
+
+  // v [P][tile][channel] of `vectors` from `begin` to `end` of group g.
+  void read(const Range& range, int64_t g, int64_t begin, int64_t end, T* v, const Own& own) const {
+    const bool direct = Map::kOwn && in_.channels_last;
+    const int64_t whole = direct ? least(end, plan_.cg / W) : begin;
+    if (direct) Rows<T>::clear(own.zeros, plan_.vectors * W);
+    each_run(range, [&](const Run& run, int64_t t) {
+      if constexpr (Map::kOwn) {
+        if (whole > begin) {
+          for (int64_t j = 0; j < run.count; ++j) {
+            read_tile(run, j, g * plan_.cg, begin * W, whole * W, v + (t + j) * plan_.v_row, own);
+          }
+        }
+      }
+      for (int64_t vector = whole; vector < end; ++vector) {
+        const int64_t cols = read_strip(run, g * plan_.cg + vector * W, least(W, plan_.cg - vector * W), own);
+        for (int64_t j = 0; j < run.count; ++j) {
+          const T* strip = own.strip + j * M * W;
+          Tiles::input([=](int y, int x) { return V::load(strip + (y * cols + x) * W); },
+                       v + (t + j) * plan_.v_row + vector * W, plan_.v_point);
+        }
+      }
+    });
+  }
+
+  // Tile j of the run for whole vectors of channels, without a copy.
+  void read_tile(const Run& run, int64_t j, int64_t channel, int64_t begin, int64_t end, T* v, const Own& own) const {
+    const T* x = static_cast<const T*>(p_.x);
+    const int64_t h = run.ty * M - p_.padding, w = (run.tx + j) * M - p_.padding, c = p_.c, row = p_.w * c;
+    if (h >= 0 && w >= 0 && h + R <= p_.h && w + R <= p_.w) {
+      const T* from = x + in_.offset(run.n, channel, h, w);
+      for (int64_t i = begin; i < end; i += W) {
+        const T* here = from + i;
+        Tiles::input([=](int y, int k) { return V::load(here + y * row + k * c); }, v + i, plan_.v_point);
+      }
+      return;
+    }
+    const T* at[P];
+    for (int y = 0; y < R; ++y) {
+      for (int k = 0; k < R; ++k) {
+        const bool inside = h + y >= 0 && h + y < p_.h && w + k >= 0 && w + k < p_.w;
+        at[y * R + k] = inside ? x + in_.offset(run.n, channel, h + y, w + k) : own.zeros;
+      }
+    }
+    for (int64_t i = begin; i < end; i += W) {
+      Tiles::input([&](int y, int k) { return V::load(at[y * R + k] + i); }, v + i, plan_.v_point);
+    }
+  }
+
+  // own.strip [R][columns][W] of the run's patches; returns the columns.
+  int64_t read_strip(const Run& run, int64_t channel, int64_t lanes, const Own& own) const {
+    const int64_t cols = run.count * M + 2, h = run.ty * M - p_.padding, w = run.tx * M - p_.padding;
+    const int64_t left = least(most_of(-w, 0), cols), right = most_of(least(p_.w - w, cols), left);
+    for (int64_t y = 0; y < R; ++y) {
+      T* to = own.strip + y * cols * W;
+      if (h + y < 0 || h + y >= p_.h || left == right) {
+        Rows<T>::clear(to, cols * W);
+        continue;
+      }
+      Rows<T>::clear(to, left * W);
+      in_.read(static_cast<const X*>(p_.x), run.n, channel, lanes, h + y, w + left, right - left, to + left * W,
+               own.flat);
+      Rows<T>::clear(to + right * W, (cols - right) * W);
+    }
+    return cols;
+  }
+
+  // The outputs of one panel of group g for the tiles of `range`.
+  void multiply(const Range& range, int64_t g, int64_t panel, const T* v, const Own& own) const {
+    const int64_t first = plan_.blocks * panel / plan_.panels;
+    const int64_t width = plan_.blocks * (panel + 1) / plan_.panels - first;
+    const int64_t point = plan_.cg * kWinogradLanes;
+    const T* u = static_cast<const T*>(p_.packed) + (g * plan_.blocks + first) * P * point;
+    for (int64_t i = 0; i < P; ++i) {
+      Product<T>::run(width, range.count, plan_.cg, v + i * plan_.v_point, plan_.v_row, u + i * point, P * point,
+                      own.m + i * plan_.m_point);
+    }
+    const int64_t row = width * kWinogradLanes, k0 = first * kWinogradLanes;
+    each_run(range, [&](const Run& run, int64_t t) {
+      for (int64_t k = 0; k < row && k0 + k < plan_.kg; k += W) {
+        const int64_t lanes = least(W, plan_.kg - k0 - k), channel = g * plan_.kg + k0 + k;
+        const T* m = own.m + t * row + k;
+        out_.channels_last ? write_tiles(run, channel, lanes, m, row) : write_strip(run, channel, lanes, m, row, own);
+      }
+    });
+  }
+
+  Reg bias_of(int64_t channel, int64_t lanes) const {
+    return p_.bias == nullptr ? V::zero() : V::load_n(static_cast<const T*>(p_.bias) + channel, lanes);
+  }
+
+  void write_tiles(const Run& run, int64_t channel, int64_t lanes, const T* m, int64_t row) const {
+    const Reg bias = bias_of(channel, lanes);
+    const X* residual = static_cast<const X*>(p_.residual);
+    X* out = static_cast<X*>(p_.out);
+    for (int64_t j = 0; j < run.count; ++j) {
+      const int64_t h = run.ty * M, w = (run.tx + j) * M, columns = least(M, plan_.ow - w);
+      const int64_t at = out_.offset(run.n, channel, h, w), line = plan_.ow * p_.k;
+      Tiles::output(m + j * row, plan_.m_point, [&](int y, const Reg* values) __attribute__((always_inline)) {
+        if (h + y >= plan_.oh) return;
+#pragma GCC unroll 8
+        for (int x = 0; x < M; ++x) {
+          if (x >= columns) break;
+          const int64_t here = at + y * line + x * p_.k;
+          Reg value = V::add(values[x], bias);
+          if (residual != nullptr) value = V::add(value, Io<X>::load_n(residual + here, lanes));
+          Io<X>::store_n(out + here, activate_(value), lanes);
+        }
+      });
+    }
+  }
+
+  void write_strip(const Run& run, int64_t channel, int64_t lanes, const T* m, int64_t row, const Own& own) const {
+    const Reg bias = bias_of(channel, lanes);
+    const int64_t cols = run.count * M, h = run.ty * M, w = run.tx * M;
+    for (int64_t j = 0; j < run.count; ++j) {
+      Tiles::output(m + j * row, plan_.m_point, [&](int y, const Reg* values) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int x = 0; x < M; ++x) V::store(own.strip + (y * cols + j * M + x) * W, V::add(values[x], bias));
+      });
+    }
+    for (int64_t y = 0; y < M && h + y < plan_.oh; ++y) {
+      out_.write(static_cast<X*>(p_.out), static_cast<const X*>(p_.residual), activate_, run.n, channel, lanes, h + y,
+                 w, least(cols, plan_.ow - w), own.strip + y * cols * W, own.flat);
+    }
+  }
+
+  const WinogradParams& p_;
+  Plan<T> plan_;
+  Map in_, out_;
+  Activate<T> activate_;
+  Workspace space_;
+  T* shared_v_ = nullptr;
+  Own own_;
+  size_t own_bytes_, bytes_;
+};
+
+// Calls body.run<X, M>() for the dtype and the tile.
+template <class X, class Body>
+void with_tile(int64_t tile, Body& body) {
+  if (tile == 2) return body.template run<X, 2>();
+  if (tile == 4) return body.template run<X, 4>();
+  body.template run<X, 6>();
+}
+
+template <class Body>
+void with_types(DType dtype, int64_t tile, Body& body) {
+  switch (dtype) {
+    case DType::f64:
+      return with_tile<double>(tile, body);
+    case DType::f32:
+      return with_tile<float>(tile, body);
+    case DType::bf16:
+      return with_tile<Bf16>(tile, body);
+    default:
+      return with_tile<F16>(tile, body);
+  }
+}
+
+struct MeasureCall {
+  const WinogradParams& p;
+  int threads;
+  size_t bytes;
+  template <class X, int M>
+  void run() {
+    bytes = Conv<X, M>(p, nullptr, threads).bytes();
+  }
+};
+
+struct ConvCall {
+  const WinogradParams& p;
+  void* workspace;
+  int threads;
+  template <class X, int M>
+  void run() {
+    Conv<X, M>(p, workspace, threads).run(threads);
+  }
+};
+
+}  // namespace
+
+size_t winograd_workspace(const WinogradParams& p, int threads) {
+  MeasureCall call{p, threads, 0};
+  with_types(p.dtype, p.tile, call);
+  return call.bytes;
+}
+
+Status winograd_conv(const WinogradParams& p, void* workspace, int threads) {
+  ConvCall call{p, workspace, threads};
+  with_types(p.dtype, p.tile, call);
+  return nullptr;
+}
+
+Status winograd_weight(const WinogradWeight& w, int threads) { return transform_weight(w, threads); }
+
+}  // namespace REPKERN_ISA_NAMESPACE
+}  // namespace repkern

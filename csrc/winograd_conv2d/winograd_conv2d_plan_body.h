@@ -1,0 +1,83 @@
+// How a convolution is cut: into blocks of tiles whose transformed inputs stay in the cache, and panels of outputs.
+#pragma once
+#include "winograd_conv2d/winograd_conv2d_product_body.h"
+
+namespace repkern {
+namespace REPKERN_ISA_NAMESPACE {
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class T>
+struct Plan {
+  static constexpr int W = Vec<T>::width;
+  static constexpr int kLine = 64 / sizeof(T);
+  static constexpr int64_t kBlockBytes = 1 << 20;  // of transformed inputs and products of one block of tiles
+  static constexpr int64_t kMostTiles = 96;
+
+  int64_t oh, ow, rows, columns, tiles;  // of the output; tiles per column, per row, of all images
+  int64_t cg, kg, vectors, blocks;       // channels per group; vectors of inputs, blocks of 16 outputs in a group
+  int64_t block, count;                  // tiles in a block of tiles; how many blocks
+  int64_t panels, panel;                 // panels of a group; most blocks of outputs in one
+  bool shared;                           // threads work on one block together
+  int64_t v_row, v_point, m_point;       // elements from tile to tile, from point to point
+  int64_t strip;                         // most columns of a strip of tiles
+
+  Plan(const WinogradParams& p, int threads) {
+    const int64_t m = p.tile, points = (m + 2) * (m + 2);
+    oh = p.h + 2 * p.padding - 2;
+    ow = p.w + 2 * p.padding - 2;
+    rows = ceil_div(oh, m);
+    columns = ceil_div(ow, m);
+    tiles = p.n * rows * columns;
+    cg = p.c / p.groups;
+    kg = p.k / p.groups;
+    vectors = ceil_div(cg, W);
+    blocks = ceil_div(kg, kWinogradLanes);
+    v_row = vectors * W;
+    // Rows that are a multiple of 2 KiB apart would share a few sets of the first cache.
+    if (v_row * sizeof(T) % 2048 == 0) v_row += kLine;
+    panel = least(blocks, Product<T>::kMostBlocks);
+    panels = ceil_div(blocks, panel);
+    const int64_t tile_bytes = points * (v_row + panel * kWinogradLanes) * static_cast<int64_t>(sizeof(T));
+    const int64_t most = most_of(least(kBlockBytes / tile_bytes, kMostTiles), 12);
+    shared = threads > 1 && tiles < 2 * most * threads && blocks * p.groups > 1;
+    if (shared) {
+      count = ceil_div(tiles, most);
+      divide_outputs(p.groups, threads);
+    } else {
+      count = ceil_div(tiles, most);
+      if (count > 1) count = ceil_div(count, threads) * threads;
+    }
+    count = least(count, tiles);
+    block = ceil_div(tiles, count);
+    count = ceil_div(tiles, block);
+    v_point = apart(block * v_row);
+    m_point = apart(block * panel * kWinogradLanes);
+    strip = least(block, columns) * m + 2;
+  }
+
+ private:
+  // Panels so narrow that all threads have work.
+  void divide_outputs(int64_t groups, int threads) {
+    int64_t best = -1;
+    for (int64_t width = panel; width > 0; --width) {
+      const int64_t parts = ceil_div(blocks, width), rounds = ceil_div(groups * parts, threads);
+      const int64_t cost = rounds * ceil_div(blocks, parts);
+      if (best >= 0 && cost >= best) continue;
+      best = cost;
+      panel = ceil_div(blocks, parts);
+      panels = parts;
+    }
+  }
+
+  // An odd number of cache lines, so that the points of one tile fall into different sets.
+  static int64_t apart(int64_t elements) {
+    const int64_t lines = ceil_div(elements, kLine);
+    return (lines + (lines % 2 == 0 ? 1 : 0)) * kLine;
+  }
+};
+
+}  // namespace REPKERN_ISA_NAMESPACE
+}  // namespace repkern

@@ -1,0 +1,60 @@
+"""winograd_conv2d on the native kernels: allocate, collect pointers, call. Shapes were checked before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repkern.ops import _check
+from repkern.ops._check import DTYPE_CODE
+from repkern.ops._library import Native
+from repkern.ops.winograd_conv2d.contract import map_format, output_size, packed_shape
+
+__all__ = ["winograd_conv2d_packed", "winograd_transform_weight"]
+
+
+def winograd_conv2d_packed(
+    native: Native,
+    plan: None,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    tile: int,
+    padding: int,
+    groups: int,
+    activation: int,
+) -> Tensor:
+    """[N, K, H + 2 padding - 2, W + 2 padding - 2] in the memory format of x."""
+    form = map_format(x)
+    x, packed = x.contiguous(memory_format=form), packed.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    residual = residual if residual is None else residual.contiguous(memory_format=form)
+    shape = (x.shape[0], out_channels, *output_size(x, padding))
+    out = _check.empty(shape, x.dtype, x.device, form)
+    # The fields of csrc/winograd_conv2d/winograd_conv2d.h's WinogradParams, in its order.
+    fields = [*x.shape, out_channels, groups, padding, tile, int(form is torch.channels_last), activation]
+    fields += [DTYPE_CODE[x.dtype], x.data_ptr(), packed.data_ptr()]
+    fields += [_check.pointer(bias), _check.pointer(residual), out.data_ptr()]
+    name = "winograd_conv2d_packed"
+    how = torch.get_num_threads() if native.suffix == "cpu" else int(_check.allow_tf32())
+    space = _check.workspace(native.workspace_size(name)(fields, how), x.device)
+    if native.suffix == "cpu":
+        native.function(name)(fields, space.data_ptr(), how)
+    else:
+        native.function(name)(fields, how, space.data_ptr(), native.stream(x.device))
+    return out
+
+
+def winograd_transform_weight(native: Native, plan: None, weight: Tensor, tile: int, groups: int) -> Tensor:
+    """[g, ceil(K/g / 16), (tile + 2)^2, C/g, 16]."""
+    weight = weight.contiguous()
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    packed = _check.empty(packed_shape(weight.shape[0], weight.shape[1], tile, groups), dtype, weight.device)
+    # The fields of WinogradWeight, in its order.
+    fields = [weight.shape[0], weight.shape[1], groups, tile, DTYPE_CODE[weight.dtype]]
+    fields += [weight.data_ptr(), packed.data_ptr()]
+    last = torch.get_num_threads() if native.suffix == "cpu" else native.stream(weight.device)
+    native.function("winograd_transform_weight")(fields, last)
+    return packed
