@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DEFAULT_CASES", "Case", "Layer", "load_cases", "parse_cases"]
+__all__ = ["CONV_CASES", "DEFAULT_CASES", "Case", "ConvCase", "Layer", "conv_cases", "load_cases", "parse_cases"]
 
 # name  op  layers: co,ci,k,groups[*count] ...; compose_sequential: cm,ci,k1,groups co,cm,k2,groups
 DEFAULT_CASES = """
@@ -24,6 +24,10 @@ repvgg_a0      orepa_squeeze_many 48,3,3,1 48,48,3,1*2 96,48,3,1 96,96,3,1*3 192
 stem_5x5       compose_sequential  64,3,3,1 64,64,3,1
 stem_7x7       compose_sequential  64,3,5,1 64,64,3,1
 """
+
+# winograd_conv2d: channels (in and out), height and width of the layers of VGG-like networks; batch 1 and 8
+CONV_CASES = "64,112 64,56 128,28 256,14 192,14 96,28 48,56 512,7 512,14"
+_CONV_BATCHES = (1, 8)
 
 _OPS = ("orepa_squeeze", "orepa_squeeze_many", "compose_sequential")
 _LAYER = re.compile(r"(\d+),(\d+),(\d+),(\d+)(?:\*(\d+))?")
@@ -118,3 +122,35 @@ def _check_case(op: str, layers: tuple[Layer, ...], where: str) -> None:
         return
     if len(layers) != 2 or layers[1].ci != layers[0].co or layers[0].groups != layers[1].groups:
         raise ValueError(f"{where}: compose_sequential takes two layers that fit together, got {layers}")
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A 3x3 convolution of stride 1 and padding 1."""
+
+    n: int
+    c: int
+    k: int
+    h: int
+    w: int
+
+    @property
+    def name(self) -> str:
+        """As in tables: c64_112_n1."""
+        return f"c{self.c}_{self.h}_n{self.n}"
+
+    def flops(self) -> int:
+        """Multiplications and additions of direct convolution."""
+        return 18 * self.n * self.c * self.k * self.h * self.w
+
+
+def conv_cases(text: str = CONV_CASES, batches: tuple[int, ...] = _CONV_BATCHES) -> list[ConvCase]:
+    """Cases from words `channels,size`, each for every batch size. ValueError names the word that cannot be read."""
+    cases: list[ConvCase] = []
+    for word in text.split():
+        match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", word)
+        if match is None:
+            raise ValueError(f"a convolution is channels,size with both at least 1, got {word!r}")
+        channels, size = int(match[1]), int(match[2])
+        cases += [ConvCase(n, channels, channels, size, size) for n in batches]
+    return cases

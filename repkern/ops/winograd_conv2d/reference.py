@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, LANES, blocks_of
+from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, LANES, blocks_of, map_format
 from repkern.ops.winograd_conv2d.matrices import matrices
 
 __all__ = ["activate", "pack", "tiled_product", "winograd_conv2d_packed", "winograd_transform_weight"]
@@ -47,7 +47,7 @@ def winograd_conv2d_packed(
         y = y + bias.view(-1, 1, 1)
     if residual is not None:
         y = y + residual.to(y.dtype)
-    return activate(y, activation).to(x.dtype)
+    return activate(y, activation).to(x.dtype, memory_format=map_format(x))
 
 
 def tiled_product(
