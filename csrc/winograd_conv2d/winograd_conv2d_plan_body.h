@@ -13,7 +13,9 @@ template <class T>
 struct Plan {
   static constexpr int W = Vec<T>::width;
   static constexpr int kLine = 64 / sizeof(T);
-  static constexpr int64_t kBlockBytes = 1 << 20;  // of transformed inputs and products of one block of tiles
+  // Of transformed inputs and products of one block of tiles. Weights that do not fit into the second cache beside them
+  // are read once a block, so blocks are large then.
+  static constexpr int64_t kBlockBytes = 1 << 19, kLargeBlockBytes = 1 << 21, kCachedWeightBytes = 1 << 20;
   static constexpr int64_t kMostTiles = 96;
 
   int64_t oh, ow, rows, columns, tiles;  // of the output; tiles per column, per row, of all images
@@ -41,7 +43,9 @@ struct Plan {
     panel = least(blocks, Product<T>::kMostBlocks);
     panels = ceil_div(blocks, panel);
     const int64_t tile_bytes = points * (v_row + panel * kWinogradLanes) * static_cast<int64_t>(sizeof(T));
-    const int64_t most = most_of(least(kBlockBytes / tile_bytes, kMostTiles), 12);
+    const int64_t weight_bytes = points * p.c * blocks * kWinogradLanes * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = weight_bytes > kCachedWeightBytes ? kLargeBlockBytes : kBlockBytes;
+    const int64_t most = most_of(least(bytes / tile_bytes, kMostTiles), 12);
     shared = threads > 1 && tiles < 2 * most * threads && blocks * p.groups > 1;
     if (shared) {
       count = ceil_div(tiles, most);
