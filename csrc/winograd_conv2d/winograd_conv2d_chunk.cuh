@@ -68,8 +68,8 @@ struct Line {
 
   __device__ Line(bool channels_last, int64_t tiles, int channels, int positions, int group, int channel, unsigned tile)
       : step(tiles * channels) {
-    at = group * positions * step + (channels_last ? tile * static_cast<int64_t>(channels) + channel
-                                                   : channel * tiles + tile);
+    at = group * positions * step +
+         (channels_last ? tile * static_cast<int64_t>(channels) + channel : channel * tiles + tile);
   }
 };
 

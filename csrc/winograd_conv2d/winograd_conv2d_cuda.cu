@@ -100,7 +100,8 @@ Status check_sizes(const WinogradParams& p) {
   constexpr int64_t kSide = int64_t(1) << 30, kChannels = int64_t(1) << 20;
   if (p.h >= kSide || p.w >= kSide || (p.h / p.tile + 3) * (p.w / p.tile + 3) >= kSide)
     return "an image has 2^30 tiles or more, which the CUDA kernels do not index";
-  if (p.c + p.groups * kDepth >= kChannels || p.k >= kChannels) return "more than 2^20 channels are not supported on CUDA";
+  if (p.c + p.groups * kDepth >= kChannels || p.k >= kChannels)
+    return "more than 2^20 channels are not supported on CUDA";
   return nullptr;
 }
 

@@ -82,7 +82,7 @@ __device__ __forceinline__ void copy_weights(const Geometry& geometry, float* st
   constexpr int kLanes = kWinogradLanes, kPerRow = kLanes / kVector;
   const int blocks = ceil_div(geometry.kg, kLanes), first = k0 / kLanes, cg = geometry.cg;
   const float* packed = static_cast<const float*>(geometry.p.packed);
-#pragma unroll(kVector == 4 ? 8 : 1)
+#pragma unroll(kVector == 4 ? 4 : 1)
   for (int e = threadIdx.x; e < kStageU / kVector; e += kFusedThreads) {
     const int lane = e % kPerRow * kVector, c = e / kPerRow % kFusedDepth;
     const int position = e / (kPerRow * kFusedDepth) % kFusedP, block = e / (kPerRow * kFusedDepth * kFusedP);
