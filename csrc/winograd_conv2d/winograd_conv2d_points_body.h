@@ -21,8 +21,8 @@ struct Pairs<6> {
   static constexpr double q[3] = {1, 2, 0.5};
 };
 
-// others[p][k]: the coefficient of x^2(n - k) in the product of (x^2 - q^2) over all n pairs but p; p = M / 2: over all.
-// powers[p][i] = q_p^i.
+// others[p][k]: the coefficient of x^2(n - k) in the product of (x^2 - q^2) over all n pairs but p; p = M / 2: over
+// all. powers[p][i] = q_p^i.
 template <int M>
 struct Polynomials {
   static constexpr int H = M / 2;
