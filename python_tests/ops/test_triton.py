@@ -3,19 +3,23 @@
 Without a GPU they run in Triton's interpreter, which conftest.py turns on.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from repkern import testing
-from repkern.ops import OPS, _select, use_backend
+from repkern.ops import OPS, _select, use_backend, winograd_conv2d
 from repkern.ops._sample import Sample
 from repkern.ops.orepa_squeeze import samples as squeeze_samples
 from repkern.ops.orepa_squeeze.layers import pack
 from repkern.ops.orepa_squeeze.samples import random_layer
+from repkern.ops.winograd_conv2d import samples as winograd_samples
 from repkern.testing.inputs import map_tensors
 from repkern.testing.tolerance import error_bounds
 
@@ -38,9 +42,10 @@ def run(op, args):
 
 def check(op, sample, dtype):
     """`op` on Triton against the reference in float64, everywhere within the computed bounds."""
-    sample = Sample(sample.name, map_tensors(sample.args, lambda t: t.to(dtype)), sample.lengths, sample.out_dtype)
-    outputs = run(op, sample.args)
-    exact = op.implementation("reference")(*map_tensors(sample.args, testing.as_float))
+    args = map_tensors(sample.args, lambda t: t.to(dtype))
+    outputs = run(op, args)
+    sample = dataclasses.replace(sample, args=map_tensors(args, testing.as_float))
+    exact = op.implementation("reference")(*sample.args)
     exact = [exact] if isinstance(exact, torch.Tensor) else exact
     for number, (got, wanted, bound) in enumerate(zip(outputs, exact, error_bounds(op, sample, dtype), strict=True)):
         testing.assert_close(got, wanted, bound, f"{op.name} {sample}, output {number}")
@@ -146,6 +151,62 @@ def test_compose_over_many_tiles(dtype):
         check(OPS["compose_sequential_backward"], sample, dtype)
 
 
+@pytest.mark.parametrize("case", [
+    {"c": 132, "k": 70, "h": 17, "w": 18, "tile": 2, "residual": True},
+    {"c": 18, "k": 34, "h": 9, "w": 37, "tile": 4, "groups": 2, "channels_last": True, "activation": "hardswish"},
+])  # fmt: skip
+def test_winograd_over_many_programs_and_chunks(case, monkeypatch):
+    """More than 64 outputs or tiles and 128 channels, and the same bits however the tiles are cut into chunks."""
+    from repkern.ops.winograd_conv2d import triton
+
+    case = winograd_samples._Case(3 if case["tile"] == 4 else 1, **case)
+    sample = winograd_samples._conv(case, lambda *shape: torch.randn(*shape, dtype=torch.float64))
+    (whole,) = check(OPS["winograd_conv2d_packed"], sample, torch.float32)
+    monkeypatch.setattr(triton, "_WORKSPACE_BYTES", 1)
+    (cut,) = check(OPS["winograd_conv2d_packed"], sample, torch.float32)
+    assert torch.equal(cut, whole)
+    assert whole.is_contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
+
+
+def winograd_error(dtype, tile, **options):
+    """Relative L2 against float64."""
+    x, weight = torch.randn(2, 35, 9, 11).to(DEVICE, dtype), torch.randn(37, 35, 3, 3).to(DEVICE, dtype) / 18
+    residual = torch.randn(2, 37, 9, 11).to(DEVICE, dtype)
+    with use_backend("triton"):
+        got = winograd_conv2d(x, weight, residual=residual, tile=tile, **options)
+    assert got.dtype == dtype
+    wanted = functional.conv2d(x.double(), weight.double(), padding=1) + residual.double()
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(("dtype", "tile", "allowed"), [
+    (torch.float16, 2, 8e-4), (torch.float16, 4, 2.5e-3), (torch.bfloat16, 2, 6e-3),
+])  # fmt: skip
+def test_winograd_of_half_maps(dtype, tile, allowed):
+    assert winograd_error(dtype, tile) <= allowed
+
+
+@pytest.mark.parametrize(("tile", "allowed"), [(2, 8e-4), (4, 2.5e-3)])
+def test_winograd_rounds_to_tf32_only_when_torch_may(tile, allowed, monkeypatch):
+    assert winograd_error(torch.float32, tile) <= 3e-6
+    monkeypatch.setattr("repkern.ops._check.allow_tf32", lambda: True)
+    assert 1e-5 <= winograd_error(torch.float32, tile) <= allowed
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, for inf - inf
+@pytest.mark.parametrize("tf32", [False, True])
+def test_winograd_keeps_nan_and_infinity(tf32, monkeypatch):
+    monkeypatch.setattr("repkern.ops._check.allow_tf32", lambda: tf32)
+    x = torch.ones(1, 3, 8, 8)
+    x[0, 1, 1, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    x[0, 2, 6, 6] = torch.inf
+    with use_backend("triton"):
+        y = winograd_conv2d(x.to(DEVICE), torch.ones(2, 3, 3, 3).to(DEVICE), activation="relu", tile=4).cpu()
+    wanted = functional.conv2d(x, torch.ones(2, 3, 3, 3), padding=1)
+    assert not y[~wanted.isfinite()].isfinite().any()
+    assert y[:, :, :4, 4:].isfinite().all()
+
+
 def test_tf32_is_used_only_when_torch_may(monkeypatch):
     from repkern.ops import _triton
 
@@ -201,11 +262,58 @@ for target, dtype, precision, side, step in (
 """
 
 
-def test_every_kernel_compiles_for_gpus(tmp_path):
+COMPILE_WINOGRAD = """
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from repkern.ops.winograd_conv2d import triton_kernels as winograd
+from repkern.ops.winograd_conv2d.matrices import matrices
+from repkern.ops.winograd_conv2d.triton import _VALUES, _flat
+
+MAPS, WIDES = ("weight", "x", "v", "residual", "out"), ("packed", "product", "bias")
+
+
+def build(kernel, target, dtype, wide, warps=4, **constants):
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    of = {name: f"*{dtype}" for name in MAPS} | {name: f"*{wide}" for name in WIDES}
+    types = {n: "constexpr" if n in constants else of.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = compile(ASTSource(kernel, types, values), target=target, options={"num_warps": warps, "num_stages": 2})
+    assert compiled.metadata.shared <= 48 * 1024, (kernel, target, compiled.metadata.shared)
+
+
+# Triton makes constants of integer arguments that are 1, and None is one.
+ONES = ("total", "count", "groups", "channels", "inputs", "outputs", "height", "width", "rows", "columns", "padding")
+ONES = dict.fromkeys(ONES, 1) | {"bias": None, "residual": None, "HAS_BIAS": False, "HAS_RESIDUAL": False}
+for target, dtype, wide, m, precision, last, tiles, step, more in (
+    (GPUTarget("cuda", 80, 32), tl.float16, tl.float32, 2, "ieee", True, 128, 32, {}),
+    (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, 4, "ieee", False, 64, 16, {}),
+    (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, 6, "tf32", True, 128, 32, {}),
+    (GPUTarget("cuda", 90, 32), tl.float64, tl.float64, 2, "none", False, 16, 16, {}),
+    (GPUTarget("cuda", 90, 32), tl.bfloat16, tl.float32, 2, "ieee", False, 16, 32, ONES),
+    (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, 2, "tf32", True, 16, 32, ONES),
+    (GPUTarget("hip", "gfx942", 64), tl.bfloat16, tl.float32, 2, "ieee", False, 128, 32, {}),
+):
+    own = matrices(m)
+    common = {"R": m + 2, "P": (m + 2) ** 2, "A": _flat(own.a), "B": _flat(own.b), "G": _flat(own.g), "WIDE": wide}
+    common |= {"DTYPE": dtype, "PRECISION": precision, "CHAIN": 128, "ACTIVATION": 1 + m // 2, "BLOCK": _VALUES[m]}
+    common |= {"HAS_BIAS": True, "HAS_RESIDUAL": True, "CHANNELS_LAST": last, **more}
+    channels = 64 if last else 1
+    for kernel in (winograd.weight_kernel, winograd.input_kernel, winograd.output_kernel):
+        build(kernel, target, dtype, wide, **common, TILES=_VALUES[m] // channels, CHANNELS=channels)
+    outputs = 16 if tiles == 16 else 64
+    build(winograd.product_kernel, target, dtype, wide, 8, **common, TILES=tiles, OUTPUTS=outputs, STEP=step)
+"""
+
+
+@pytest.mark.parametrize("source", [COMPILE, COMPILE_WINOGRAD], ids=["kernels", "winograd"])
+def test_every_kernel_compiles_for_gpus(tmp_path, source):
     """Triton's compiler needs no GPU: what the interpreter accepts but a GPU cannot run fails here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     script = tmp_path / "compile_all.py"  # a file, since Triton reads the source of what it compiles
-    script.write_text(COMPILE)
+    root = Path(_select.__file__).parents[2]
+    script.write_text(f"import sys\n\nsys.path.insert(0, {str(root)!r})\n{source}")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""winograd_conv2d on Triton kernels: allocate, deal tiles to chunks and programs, launch. Shapes were checked before."""
+"""winograd_conv2d on Triton kernels: allocate, deal tiles to chunks and programs, launch. Shapes are checked."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def winograd_conv2d_packed(
     """
     form = map_format(x)
     x, packed = x.contiguous(memory_format=form), packed.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     residual = residual if residual is None else residual.contiguous(memory_format=form)
     wide, stored = packed.dtype, stored_dtype(packed.dtype, x.dtype)
     out = _check.empty((x.shape[0], out_channels, *output_size(x, padding)), stored, x.device, form)
@@ -105,7 +106,7 @@ def winograd_conv2d_packed(
     v = _check.empty((points * chunks.size * x.shape[1],), stored, x.device)
     product = _check.empty((points * chunks.size * out_channels,), wide, x.device)
     own = matrices(tile)
-    a, b = _flat(own.a), _flat(own.b)
+    a, b, precision = _flat(own.a), _flat(own.b), _precision(stored)
     grid = (chunks.rows, chunks.columns)
     with on_device(x.device):
         for first in range(0, chunks.total, chunks.size):
@@ -113,31 +114,33 @@ def winograd_conv2d_packed(
             tiles, channels = chunks.block(x.shape[1])
             kernels.input_kernel[(triton.cdiv(count, tiles) * triton.cdiv(x.shape[1], channels),)](
                 x, v, first, count, *x.shape[1:], *grid, padding,
-                b, tile + 2, TL_DTYPE[wide], chunks.channels_last, tiles, channels,
+                b, tile + 2, TL_DTYPE[wide], precision, chunks.channels_last, tiles, channels,
             )  # fmt: skip
-            _multiply(v, packed, product, count, groups, points, chunks)
+            _multiply(v, packed, product, count, groups, precision, chunks)
             tiles, channels = chunks.block(out_channels)
             kernels.output_kernel[(triton.cdiv(count, tiles) * triton.cdiv(out_channels, channels),)](
-                product, bias if bias is None else bias.contiguous(), residual, out, first, count, *out.shape[1:], *grid,
+                product, bias, residual, out, first, count, *out.shape[1:], *grid,
                 a, tile + 2, activation, bias is not None, residual is not None, chunks.channels_last, tiles, channels,
             )  # fmt: skip
     return out.to(x.dtype)
 
 
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype in (torch.float16, torch.bfloat16) else dot_precision(dtype)
+
+
 def _multiply(
-    v: Tensor, packed: Tensor, product: Tensor, count: int, groups: int, points: int, chunks: _Chunks
+    v: Tensor, packed: Tensor, product: Tensor, count: int, groups: int, precision: str, chunks: _Chunks
 ) -> None:
-    inputs = packed.shape[3]
+    points, inputs = packed.shape[2:4]
     outputs = product.numel() // (points * chunks.size * groups)
-    precision = dot_precision(v.dtype)
-    half = v.dtype in (torch.float16, torch.bfloat16)
+    on_tensor_cores = v.dtype in (torch.float16, torch.bfloat16) or precision == "tf32"
     high = 16 if v.dtype is torch.float64 else 64
     # Tensor cores get a taller tile and longer steps than what is unrolled into multiply-adds on registers.
-    tiles = block_size(chunks.size, 16, 128 if half or precision == "tf32" else high)
-    columns, step = block_size(outputs, 16, high), 32 if half else contraction_size(precision)
+    tiles, columns = block_size(chunks.size, 16, 128 if on_tensor_cores else high), block_size(outputs, 16, high)
     programs = triton.cdiv(count, tiles) * triton.cdiv(outputs, columns) * points * groups
     kernels.product_kernel[(programs,)](
         v, packed, product, count, groups, inputs, outputs,
         points, TL_DTYPE[v.dtype], precision, chunks.channels_last, _CHAIN,
-        tiles, columns, step, **launch_options(tiles, columns),
+        tiles, columns, 32 if on_tensor_cores else contraction_size(precision), **launch_options(tiles, columns),
     )  # fmt: skip

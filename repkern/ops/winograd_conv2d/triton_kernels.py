@@ -1,6 +1,6 @@
 """The Triton kernels of winograd_conv2d. Math: docs/ops/winograd_conv2d.md; the host side is triton.py.
 
-Tiles of m x m outputs are counted over [N, rows, columns]; a launch has `count` of them from `first` on. The transformed
+Tiles of m x m outputs are counted over [N, rows, columns]; a launch has `count` of them from `first` on. Transformed
 maps are [P, count, channels] in the channels_last layout, [P, channels, count] otherwise, P = (m + 2)^2.
 """
 
@@ -21,25 +21,34 @@ RELU, RELU6, SILU, HARDSWISH = (
 
 
 @triton.jit
-def _row_times(
-    MATRIX: tl.constexpr, ROW: tl.constexpr, values: tl.tuple, START: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr
-) -> tl.tensor:
-    """The sum over i < N of MATRIX[ROW, i] values[START + i STEP]; MATRIX is flat, row by row."""
-    total = tl.zeros_like(values[START])
-    for i in tl.static_range(N):
-        if MATRIX[ROW * N + i] != 0:
-            total += MATRIX[ROW * N + i] * values[START + i * STEP]
-    return total
+def _from_both_sides(MATRIX: tl.constexpr, values: tl.tuple, ROWS: tl.constexpr, N: tl.constexpr) -> tl.tuple:
+    """MATRIX X MATRIX^T for MATRIX [ROWS, N] and X = values [N, N], all flat, row by row."""
+    half: tl.tuple = ()
+    for row in tl.static_range(ROWS):
+        for column in tl.static_range(N):
+            total = tl.full(values[0].shape, 0, values[0].dtype)
+            for i in tl.static_range(N):
+                if MATRIX[row * N + i] != 0:
+                    total += MATRIX[row * N + i] * values[i * N + column]
+            half += (total,)
+    product: tl.tuple = ()
+    for row in tl.static_range(ROWS):
+        for column in tl.static_range(ROWS):
+            total = tl.full(values[0].shape, 0, values[0].dtype)
+            for i in tl.static_range(N):
+                if MATRIX[column * N + i] != 0:
+                    total += MATRIX[column * N + i] * half[row * N + i]
+            product += (total,)
+    return product
 
 
 @triton.jit
-def _columns_times(MATRIX: tl.constexpr, values: tl.tuple, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
-    """MATRIX [ROWS, N] times the matrix `values` [N, WIDTH], both flat."""
-    product = ()
-    for row in tl.static_range(ROWS):
-        for column in tl.static_range(WIDTH):
-            product = product + (_row_times(MATRIX, row, values, column, WIDTH, N),)
-    return product
+def _rounded(value: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """To what PRECISION multiplies: tensor cores cut float32 off to TF32, twice the error of the nearest."""
+    if PRECISION == "tf32":
+        bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # NaN could become 0
+    return value
 
 
 @triton.jit
@@ -72,22 +81,20 @@ def weight_kernel(
     k = block % blocks * LANES + entry % LANES
     inside = (entry < total) & (k < outputs)
     at = weight + ((block // blocks * outputs + k) * inputs + c) * 9
-    w = ()
+    w: tl.tuple = ()
     for q in tl.static_range(9):
-        w = w + (tl.load(at + q, mask=inside, other=0).to(tl.float64),)
-    half = _columns_times(G, w, R, 3, 3)
+        w += (tl.load(at + q, mask=inside, other=0).to(tl.float64),)
+    u = _from_both_sides(G, w, R, 3)
     to = packed + block * (R * R) * inputs * LANES + entry % (LANES * inputs)
-    for a in tl.static_range(R):
-        for b in tl.static_range(R):
-            u = _row_times(G, b, half, a * 3, 1, 3).to(packed.dtype.element_ty)
-            tl.store(to + (a * R + b) * inputs * LANES, u, mask=entry < total)
+    for p in tl.static_range(R * R):
+        tl.store(to + p * inputs * LANES, u[p].to(packed.dtype.element_ty), mask=entry < total)
 
 
 @triton.jit
 def input_kernel(
     x: tl.tensor, v: tl.tensor, first: tl.tensor, count: tl.tensor, channels: tl.tensor,
     height: tl.tensor, width: tl.tensor, rows: tl.tensor, columns: tl.tensor, padding: tl.tensor,
-    B: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    B: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     TILES: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """v = B d B^T of every patch d of x [N, C, H, W], zero outside of x."""
@@ -99,28 +106,26 @@ def input_kernel(
     top = tile // columns % rows * (R - 2) - padding
     left = tile % columns * (R - 2) - padding
     inside = (t < count)[:, None] & (c < channels)[None, :]
-    d = ()
-    for i in tl.static_range(R):
-        for j in tl.static_range(R):
-            y = top + i
-            z = left + j
-            in_x = (y >= 0) & (y < height) & (z >= 0) & (z < width)
-            if CHANNELS_LAST:
-                at = (((n * height + y) * width + z) * channels)[:, None] + c[None, :]
-            else:
-                at = (n * channels * height * width + y * width + z)[:, None]
-                at = at + (c.to(tl.int64) * height * width)[None, :]
-            d = d + (tl.load(x + at, mask=inside & in_x[:, None], other=0).to(WIDE),)
-    half = _columns_times(B, d, R, R, R)
+    # Of the first value of a patch, perhaps outside of x.
     if CHANNELS_LAST:
-        to = v + t.to(tl.int64)[:, None] * channels + c[None, :]
+        x += (((n * height + top) * width + left) * channels)[:, None] + c[None, :]
     else:
-        to = v + c.to(tl.int64)[None, :] * count + t[:, None]
-    for a in tl.static_range(R):
-        for b in tl.static_range(R):
-            result = _row_times(B, b, half, a * R, 1, R).to(v.dtype.element_ty)
-            tl.store(to, result, mask=inside)
-            to += channels.to(tl.int64) * count
+        x += ((n * channels * height + top) * width + left)[:, None] + (c.to(tl.int64) * height * width)[None, :]
+    d: tl.tuple = ()
+    for i in tl.static_range(R):
+        in_row = inside & ((top + i >= 0) & (top + i < height))[:, None]
+        for j in tl.static_range(R):
+            in_x = in_row & ((left + j >= 0) & (left + j < width))[:, None]
+            at = (i * width + j) * (channels if CHANNELS_LAST else 1)
+            d += (tl.load(x + at, mask=in_x, other=0).to(WIDE),)
+    result = _from_both_sides(B, d, R, R)
+    if CHANNELS_LAST:
+        v += t.to(tl.int64)[:, None] * channels + c[None, :]
+    else:
+        v += c.to(tl.int64)[None, :] * count + t[:, None]
+    for p in tl.static_range(R * R):
+        value = _rounded(result[p], PRECISION).to(v.dtype.element_ty)
+        tl.store(v + p * (tl.cast(channels, tl.int64) * count), value, mask=inside)
 
 
 @triton.jit
@@ -138,8 +143,9 @@ def product_kernel(
     programs_k = tl.cdiv(outputs, OUTPUTS)
     t = tl.program_id(0) % programs_t * TILES + tl.arange(0, TILES)
     k = tl.program_id(0) // programs_t % programs_k * OUTPUTS + tl.arange(0, OUTPUTS)
-    p = (tl.program_id(0) // (programs_t * programs_k) % P).to(tl.int64)
-    g = (tl.program_id(0) // (programs_t * programs_k) // P).to(tl.int64)
+    p_g = (tl.program_id(0) // (programs_t * programs_k)).to(tl.int64)
+    p = p_g % P
+    g = p_g // P
     block = g * tl.cdiv(outputs, LANES) + k // LANES
     u = packed + ((block * P + p) * inputs * LANES + k % LANES)[None, :]
     if CHANNELS_LAST:
@@ -148,17 +154,17 @@ def product_kernel(
     else:
         v += (p * groups + g) * inputs * count + t[:, None]
         to = product + ((p * groups + g) * outputs + k)[None, :] * count + t[:, None]
-    total = tl.zeros((TILES, OUTPUTS), product.dtype.element_ty)
+    total = tl.full((TILES, OUTPUTS), 0, product.dtype.element_ty)
     for chain in range(0, loop_bound(inputs), CHAIN):
-        part = tl.zeros((TILES, OUTPUTS), product.dtype.element_ty)
+        part = tl.full((TILES, OUTPUTS), 0, product.dtype.element_ty)
         for start in range(chain, loop_bound(tl.minimum(chain + CHAIN, inputs)), STEP):
             c = start + tl.arange(0, STEP)
-            from_v = (c[None, :] if CHANNELS_LAST else c.to(tl.int64)[None, :] * count)
+            from_v = c[None, :] if CHANNELS_LAST else c.to(tl.int64)[None, :] * count
             in_v = (t < count)[:, None] & (c < inputs)[None, :]
             in_u = (c < inputs)[:, None] & (k < outputs)[None, :]
             left = tl.load(v + from_v, mask=in_v, other=0)
             right = tl.load(u + c[:, None] * LANES, mask=in_u, other=0).to(DTYPE)
-            part = tile_product(left, right, part, PRECISION)
+            part = tile_product(left, _rounded(right, PRECISION), part, PRECISION)
         total += part
     tl.store(to, total, mask=(t < count)[:, None] & (k < outputs)[None, :])
 
@@ -179,27 +185,26 @@ def output_kernel(
     in_k = k < channels
     inside = (t < count)[:, None] & in_k[None, :]
     if CHANNELS_LAST:
-        source = product + t.to(tl.int64)[:, None] * channels + k[None, :]
+        product += t.to(tl.int64)[:, None] * channels + k[None, :]
     else:
-        source = product + k.to(tl.int64)[None, :] * count + t[:, None]
-    values = ()
-    for _ in tl.static_range(R * R):
-        values = values + (tl.load(source, mask=inside, other=0),)
-        source += channels.to(tl.int64) * count
-    half = _columns_times(A, values, M, R, R)
+        product += k.to(tl.int64)[None, :] * count + t[:, None]
+    values: tl.tuple = ()
+    for p in tl.static_range(R * R):
+        values += (tl.load(product + p * (tl.cast(channels, tl.int64) * count), mask=inside, other=0),)
+    results = _from_both_sides(A, values, M, R)
     tile = first + t
     n = (tile // (rows * columns)).to(tl.int64)
+    top = tile // columns % rows * M
+    left = tile % columns * M
+    if CHANNELS_LAST:
+        corner = (((n * height + top) * width + left) * channels)[:, None] + k[None, :]
+    else:
+        corner = ((n * channels * height + top) * width + left)[:, None] + (k.to(tl.int64) * height * width)[None, :]
     for i in tl.static_range(M):
         for j in tl.static_range(M):
-            y = tile // columns % rows * M + i
-            z = tile % columns * M + j
-            in_out = inside & ((y < height) & (z < width))[:, None]
-            if CHANNELS_LAST:
-                at = (((n * height + y) * width + z) * channels)[:, None] + k[None, :]
-            else:
-                at = (n * channels * height * width + y * width + z)[:, None]
-                at = at + (k.to(tl.int64) * height * width)[None, :]
-            result = _row_times(A, j, half, i * R, 1, R)
+            in_out = inside & ((top + i < height) & (left + j < width))[:, None]
+            at = corner + (i * width + j) * (channels if CHANNELS_LAST else 1)
+            result = results[i * M + j]
             if HAS_BIAS:
                 result += tl.load(bias + k, mask=in_k, other=0)[None, :]
             if HAS_RESIDUAL:
