@@ -24,6 +24,14 @@ constexpr int kStages = sizeof(T) == 4 ? 3 : 2;
 template <bool kChannelsLast>
 constexpr int kStageElements = kDepth * kRowM + (kChannelsLast ? kTileN * kRowK : kDepth * kRowN);
 
+// Blocks that shall fit on one multiprocessor; the shared memory of sm_120 holds two.
+template <class T>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocksPerSm = 2;
+#else
+constexpr int kBlocksPerSm = sizeof(T) == 4 ? 3 : 2;
+#endif
+
 // V: [g, P, depth, tiles], M: [g, P, K/g, tiles]; channels_last: [g, P, tiles, depth] and [g, P, tiles, K/g].
 struct Chunk {
   int64_t tiles;  // a multiple of kTileN
@@ -183,7 +191,7 @@ __device__ __forceinline__ void copy_points(const Product& job, T* stage, const 
 
 // M[group, position] = U[group, position] V[group, position].
 template <class Tile, bool kChannelsLast>
-__global__ void __launch_bounds__(kTileThreads, sizeof(typename Tile::Scalar) == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<typename Tile::Scalar>)
     winograd_product(const __grid_constant__ Product job) {
   using T = typename Tile::Scalar;
   constexpr int kLeft = kDepth * kRowM;
