@@ -152,18 +152,18 @@ def test_compose_over_many_tiles(dtype):
 
 
 @pytest.mark.parametrize("case", [
-    {"c": 132, "k": 70, "h": 17, "w": 18, "tile": 2, "residual": True},
-    {"c": 18, "k": 34, "h": 9, "w": 37, "tile": 4, "groups": 2, "channels_last": True, "activation": "hardswish"},
+    {"n": 1, "c": 132, "k": 70, "h": 17, "w": 18, "residual": True},
+    {"n": 3, "c": 18, "k": 34, "h": 5, "w": 18, "groups": 2, "channels_last": True, "activation": "hardswish"},
 ])  # fmt: skip
 def test_winograd_over_many_programs_and_chunks(case, monkeypatch):
     """More than 64 outputs or tiles and 128 channels, and the same bits however the tiles are cut into chunks."""
     from repkern.ops.winograd_conv2d import triton
 
-    case = winograd_samples._Case(3 if case["tile"] == 4 else 1, **case)
+    case = winograd_samples._Case(tile=2, **case)
     sample = winograd_samples._conv(case, lambda *shape: torch.randn(*shape, dtype=torch.float64))
     (whole,) = check(OPS["winograd_conv2d_packed"], sample, torch.float32)
     monkeypatch.setattr(triton, "_WORKSPACE_BYTES", 1)
-    (cut,) = check(OPS["winograd_conv2d_packed"], sample, torch.float32)
+    (cut,) = run(OPS["winograd_conv2d_packed"], map_tensors(sample.args, torch.Tensor.float))
     assert torch.equal(cut, whole)
     assert whole.is_contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
 
@@ -292,7 +292,6 @@ for target, dtype, wide, m, precision, last, tiles, step, more in (
     (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, 6, "tf32", True, 128, 32, {}),
     (GPUTarget("cuda", 90, 32), tl.float64, tl.float64, 2, "none", False, 16, 16, {}),
     (GPUTarget("cuda", 90, 32), tl.bfloat16, tl.float32, 2, "ieee", False, 16, 32, ONES),
-    (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, 2, "tf32", True, 16, 32, ONES),
     (GPUTarget("hip", "gfx942", 64), tl.bfloat16, tl.float32, 2, "ieee", False, 128, 32, {}),
 ):
     own = matrices(m)
