@@ -19,7 +19,10 @@ from repkern.models.saving import describe
 from repkern.nn import reparameterize
 from repkern.nn.verify import Difference, Example, Reference, ReparameterizeReport
 
-__all__ = ["BatchCheck", "ExportReport", "export"]
+__all__ = ["FILE_SUFFIXES", "BatchCheck", "ExportReport", "export"]
+
+#: What the name of an exported file ends in.
+FILE_SUFFIXES = tuple(FORMATS)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,14 @@ class ExportReport:
     def worst(self) -> BatchCheck | None:
         """The check with the largest relative difference; None without verification."""
         return max(self.checks, key=lambda check: check.worst.relative, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        checks = [
+            {"batch": check.batch, "outputs": [output.as_json() for output in check.outputs]} for check in self.checks
+        ]
+        own = {name: value for name, value in vars(self).items() if name not in ("conversion", "checks")}
+        return own | {"checks": checks, "conversion": self.conversion.as_json()}
 
     def __str__(self) -> str:
         batches = "any batch size" if self.dynamic_batch else "one batch size"
@@ -93,7 +104,7 @@ def export(
     report = ExportReport(str(path), chosen.name, dynamic_batch)
     plain = reparameterize(model, verify=args if verify else None, report=report.conversion)
     batches = _batches(args) if dynamic_batch else [args]
-    program = _trace(plain.eval(), batches[-1], dynamic_batch)
+    program = _trace(plain.eval(), batches[0], dynamic_batch)
     outputs = len(program.graph_signature.user_outputs)
     options = Options(
         opset, input_names or _numbered("input", _count_tensors(args)), output_names or _numbered("output", outputs)
@@ -128,9 +139,9 @@ def _count_tensors(args: Sequence[Any]) -> int:
 
 
 def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The arguments with one item, with two more than the example's, and with as many (at least two).
+    """The arguments with as many items as the example (at least two), with one, and with two more.
 
-    The last one is traced: torch.export takes a batch of one for a constant. Added items are shifted ones of the
+    The first one is traced: torch.export takes a batch of one for a constant. Added items are shifted ones of the
     example, so that no two are alike and values stay in the range that the model knows.
     """
     sizes = {arg.shape[0] for arg in args if isinstance(arg, Tensor) and arg.dim() > 0}
@@ -142,7 +153,7 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     size = sizes.pop()
     if size < 1:
         raise ValueError("the example must have at least one item, got an empty batch")
-    return [tuple(_resized(arg, count) for arg in args) for count in (1, size + 2, max(size, 2))]
+    return [tuple(_resized(arg, count) for arg in args) for count in (max(size, 2), 1, size + 2)]
 
 
 def _resized(arg: Any, count: int) -> Any:

@@ -21,6 +21,7 @@ __all__ = ["is_block", "reparameterize"]
 _Pick = Callable[[str, nn.Module], nn.Module | None]
 
 _logger = logging.getLogger("repkern")
+_SHOWN = 8
 
 
 def is_block(module: nn.Module) -> bool:
@@ -130,10 +131,17 @@ def _doubts_about(model: nn.Module) -> Iterator[str]:
     if untouched:
         yield (
             "these BatchNorms have never seen data (mean 0, variance 1), so what is folded is not what training would "
-            f"give: {', '.join(untouched)}"
+            f"give: {_some(untouched)}"
         )
     if broken:
-        yield f"these BatchNorms have NaN or infinite statistics: {', '.join(broken)}"
+        yield f"these BatchNorms have NaN or infinite statistics: {_some(broken)}"
+
+
+def _some(names: list[str]) -> str:
+    """The names, or the first of many and their number: a warning is read, a page of names is not."""
+    return (
+        ", ".join(names) if len(names) <= _SHOWN + 1 else f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
+    )
 
 
 def _is_fresh(norm: _BatchNorm) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,6 +88,11 @@ class Difference:
         """False also for a difference that is NaN."""
         return self.absolute <= self.bound
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values; an infinite number as a string."""
+        values = asdict(self) | {"relative": self.relative, "within_bound": self.within_bound}
+        return {name: str(value) if value in (math.inf, -math.inf) else value for name, value in values.items()}
+
     def __str__(self) -> str:
         kind = f" ({self.kind})" if self.kind else ""
         return (
@@ -131,9 +137,9 @@ class ReparameterizeReport:
         return {
             "converted": self.converted,
             "warnings": self.warnings,
-            "outputs": [_as_json(output) for output in self.outputs],
+            "outputs": [output.as_json() for output in self.outputs],
             "float64": self.float64,
-            **{name: None if difference is None else _as_json(difference) for name, difference in worst.items()},
+            **{name: None if difference is None else difference.as_json() for name, difference in worst.items()},
         }
 
     def __str__(self) -> str:
@@ -142,11 +148,6 @@ class ReparameterizeReport:
         if self.worst_block is not None:
             lines.append(f"  worst block {self.worst_block}")
         return "\n".join(lines)
-
-
-def _as_json(difference: Difference) -> dict[str, Any]:
-    values = asdict(difference) | {"relative": difference.relative, "within_bound": difference.within_bound}
-    return {name: str(value) if value in (float("inf"), float("-inf")) else value for name, value in values.items()}
 
 
 class Reference:
