@@ -111,12 +111,14 @@ def _convert(checkpoint: Checkpoint, model: nn.Module | None, layout: str, repor
         report.layouts = ["repkern"]
         return Conversion(tensors)
     layouts = _layouts(tensors, model, layout)
-    renamed, left_out = rename_network(tensors, None if model is None else _modules(model))
+    certain = layouts != [SCALES]
+    renamed, left_out = rename_network(tensors, None if model is None else _modules(model), certain=certain)
     converted = convert_blocks(renamed, layouts, names)
     if any(block.deployed for block in converted.blocks):
         fold_norms(converted, names)
     converted.left_out += left_out
-    report.layouts = sorted({block.layout for block in converted.blocks}) or ["repkern"]
+    found = {block.layout for block in converted.blocks} - {""}
+    report.layouts = sorted(found) or ["repkern" if layout == "auto" else layout]
     report.left_out = list(converted.left_out)
     return converted
 

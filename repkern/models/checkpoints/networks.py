@@ -158,18 +158,19 @@ NAMINGS = (
 
 
 def rename_network(
-    tensors: Mapping[str, Tensor], modules: Collection[str] | None = None
+    tensors: Mapping[str, Tensor], modules: Collection[str] | None = None, *, certain: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors by the names that suit the model best, names for which ours has no place).
 
     modules: dotted names of the model's modules; the naming under which most of the checkpoint finds its module wins,
-    and none at all where the names already do. None (no model): the first naming that certainly is the checkpoint's.
+    and none at all where the names already do. None (no model): the first naming that certainly is the checkpoint's, or
+    with certain=False that may be.
     """
     best: tuple[dict[str, Tensor], list[str]] = (dict(tensors), [])
     known = None if modules is None else set(modules)
     score = 0 if known is None else _reach(tensors, known)
     for naming in NAMINGS:
-        for prefix in _prefixes(naming, tensors, certain=known is None):
+        for prefix in _prefixes(naming, tensors, certain=certain and known is None):
             candidate = _applied(naming, prefix, tensors)
             if candidate is None:
                 continue
