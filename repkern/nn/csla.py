@@ -90,17 +90,20 @@ class CSLABlock(_NormedBlock):
 
     def _summed(self) -> Tensor:
         """In at least float32."""
-        kernel = wide(self.dense.weight) * self.dense_scale[:, None, None, None]
+        kernel, scale = wide(self.dense.weight), wide(self.dense_scale)[:, None, None, None]
         centre: Tensor | None = None
         if self.pointwise is not None and self.pointwise_scale is not None:
-            centre = wide(self.pointwise.weight) * self.pointwise_scale[:, None, None, None]
+            centre = wide(self.pointwise.weight) * wide(self.pointwise_scale)[:, None, None, None]
         if self.identity_scale is not None:
             blocks = torch.diag_embed(wide(self.identity_scale).unflatten(0, (self.groups, -1)))
             diagonal = blocks.flatten(0, 1)[:, :, None, None]
             centre = diagonal if centre is None else centre + diagonal
-        if centre is not None:
-            kernel = kernel + pad_to(centre, self.kernel_size[0])
-        return kernel
+        if centre is None:
+            return kernel * scale
+        centre = pad_to(centre, self.kernel_size[0])
+        if not kernel.is_contiguous():  # the sum takes the format of what it starts from
+            centre = centre.contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(centre, kernel, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
