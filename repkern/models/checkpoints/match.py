@@ -116,14 +116,7 @@ def _explanation(blocks: list[Found], wanted: Mapping[str, Tensor]) -> list[str]
         ),
         (False, "in training form", "deployed", "load it before repkern.reparameterize"),
     ):
-        foreign = [
-            block
-            for block in blocks
-            if block.deployed is deployed
-            and not any(name in wanted for name in block.names)
-            and _is_plain(block.prefix, wanted) is not deployed
-            and any(name.startswith(block.prefix) for name in wanted)
-        ]
+        foreign = [block for block in blocks if block.deployed is deployed and _is_mixed_up(block, wanted)]
         if foreign:
             where = foreign[0].prefix.rstrip(".") or "the root"
             lines.append(
@@ -132,5 +125,10 @@ def _explanation(blocks: list[Found], wanted: Mapping[str, Tensor]) -> list[str]
     return lines
 
 
-def _is_plain(prefix: str, wanted: Mapping[str, Tensor]) -> bool:
-    return any(f"{prefix}{place}weight" in wanted and f"{prefix}{place}bias" in wanted for place in ("", "conv."))
+def _is_mixed_up(block: Found, wanted: Mapping[str, Tensor]) -> bool:
+    """Whether the model has norms that a deployed block has not, or a trained block has norms and the model none."""
+    here = [name for name in wanted if name.startswith(block.prefix)]
+    norms = {name for name in here if name.endswith("running_mean")}
+    if block.deployed:
+        return bool(norms - set(block.names)) and not set(block.names) <= set(here)
+    return bool(here) and not norms and any(name.endswith("running_mean") for name in block.names)

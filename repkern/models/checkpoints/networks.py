@@ -149,7 +149,7 @@ NAMINGS = (
     Naming("stages", (r"stage0\.", r"stage1\."), r"linear\.weight", _stages),
     Naming("repnas", (r"features\.0\.(?:_ops|conv|skip_connect)\.",), r"linear\.weight", _repnas),
     Naming("mobilenet", (r"conv1\.", r"stem\.0\.depthwise\.", r"stem\.0\.pointwise\."), r"linear\.weight", _mobilenet),
-    Naming("repghost", (r"conv_stem\.", r"blocks\.0\.0\.ghost1\."), r"classifier\.weight", _repghost),
+    Naming("repghost", (r"blocks\.\d+\.\d+\.ghost1\.",), r"classifier\.weight", _repghost),
     Naming("torchvision", (r"conv1\.", r"layer1\.0\.conv1\."), r"fc\.weight", _torchvision),
     Naming(
         "timm", (r"stem\.", r"stages\.0\.", r"head\.fc\."), r"head\.fc\.weight", _replacing((r"head\.fc\.", "head."))
