@@ -38,7 +38,7 @@ __device__ __forceinline__ double inverse_deviation(const NormParams& p, const N
 // A position's maps, read once, and dz.
 template <class K, int kBranches>
 struct Reading {
-  typename K::Values y[kBranches];
+  typename K::Values y[kBranches] = {};
   typename K::A dz[K::kVector];
 
   __device__ __forceinline__ void load(const BackwardJob& job, const Walk<K>& walk, int64_t at, unsigned wanted,
