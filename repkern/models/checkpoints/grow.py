@@ -89,6 +89,11 @@ class Growth:
             self.undo()
             raise
 
+    @property
+    def changed(self) -> bool:
+        """Whether the model has other layers now."""
+        return bool(self._changes)
+
     def undo(self) -> None:
         """Make the model what it was."""
         for parent, name, old, _ in reversed(self._changes):

@@ -118,7 +118,9 @@ def _explanation(blocks: list[Found], wanted: Mapping[str, Tensor]) -> list[str]
     ):
         foreign = [block for block in blocks if block.deployed is deployed and _is_mixed_up(block, wanted)]
         if foreign:
-            where = foreign[0].prefix.rstrip(".") or "the root"
+            prefixes = [block.prefix for block in foreign]
+            first = next(prefix for name in wanted for prefix in prefixes if name.startswith(prefix))
+            where = first.rstrip(".") or "the root"
             lines.append(
                 f"{len(foreign)} blocks (first {where}) are {got} in the checkpoint and {other} here: {advice}"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,11 +52,14 @@ def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
+        named = re.search(r"GLOBAL (\S+)", str(problem))
+        what = f"a {named[1]}" if named else _first_line(problem)
         raise ValueError(
             f"{path} is not a checkpoint of plain tensors: it is damaged, or holds other objects, which are not loaded "
-            f"because that could run code ({_first_line(problem)})"
+            f"because that could run code ({what}). Where the program that wrote it runs, save the tensors alone."
         ) from problem
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path} is damaged or not a checkpoint ({_first_line(problem)})") from problem
