@@ -205,6 +205,15 @@ def test_wrong_arguments_are_named(randomize, tmp_path, arguments, error, messag
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_the_runtime_has_no_kernel_for_is_said(model, x, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"ONNX file cannot be opened by its runtime: .*Could not find an implementation"
+    ):
+        export(model.double(), tmp_path / "net.onnx", x.double())
+    assert list(tmp_path.iterdir()) == []
+    assert export(model, tmp_path / "net.pt2", x.double()).worst.worst.relative <= 1e-14
+
+
 def test_without_the_packages_the_error_says_what_to_install(model, x, tmp_path, monkeypatch):
     missing = _formats.FORMATS[".onnx"]._replace(packages=("onnx", "no_such_package"))
     monkeypatch.setitem(_formats.FORMATS, ".onnx", missing)

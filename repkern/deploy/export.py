@@ -199,14 +199,19 @@ def _check(
     model: nn.Module, path: Path, chosen: Format, batches: Sequence[tuple[Any, ...]], report: ExportReport
 ) -> None:
     """Fill report.checks; ValueError beyond a bound."""
-    run = chosen.open(path)
+    try:
+        run = chosen.open(path)
+    except Exception as problem:  # onnxruntime has its own types for what it has no kernel for
+        raise ValueError(
+            f"export: the {chosen.name} file cannot be opened by its runtime: {_first_line(problem)}"
+        ) from problem
     for args in batches:
         reference = Reference(model, args)
         names = [f"output {at}" for at in range(len(reference.outputs))]
         batch = next((len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim() > 0), 1)
         try:
             outputs = run(args)
-        except Exception as problem:  # onnxruntime and torch have many types for what they cannot run
+        except Exception as problem:  # as above, and torch's own for a .pt2 file
             raise ValueError(
                 f"export: the {chosen.name} file cannot be run on a batch of {batch}: {_first_line(problem)}"
             ) from problem
