@@ -47,8 +47,47 @@ class Tensors(dict):
         self.conv(f"{prefix}.{names[0]}", reduced, channels, 1, bias=True)
         self.conv(f"{prefix}.{names[1]}", channels, reduced, 1, bias=True)
 
+    def orepa_kernel(self, stem, co, ci, rows=6):
+        """OREPA's branches; `stem` is "...weight_orepa_" or "...weight_rbr_", which has no 1x1 of its own."""
+        block = stem.rpartition("weight_")[0]
+        sizes = {"origin": (ci, 3), "avg_conv": (ci, 1), "pfir_conv": (ci, 1), "1x1_kxk_conv2": (ci, 3)}
+        sizes |= {"gconv_pw": (8 * ci, 1)} | ({} if stem.endswith("rbr_") else {"1x1": (ci, 1)})
+        for name, (inputs, k) in sizes.items():
+            self.normal(stem + name, co, inputs, k, k, scale=math.sqrt(2 / (inputs * k * k)))
+        self.normal(f"{stem}gconv_dw", 8 * ci, 1, 3, 3, scale=0.5)
+        self.normal(f"{stem}1x1_kxk_idconv1", ci, ci, 1, 1, scale=0.1)
+        self.uniform(f"{block}vector", rows, co, low=0.2, high=0.6)
+        self[f"{stem}avg_avg"] = torch.full((3, 3), 1 / 9).double()
+        self[f"{block}id_tensor"] = torch.eye(ci, dtype=torch.float64)[:, :, None, None]
+        prior = torch.empty(co, 3, 3)
+        for at in range(co):
+            for h in range(3):
+                for w in range(3):
+                    along, number = (h, at + 1) if at < co / 2 else (w, at + 1 - co / 2)
+                    prior[at, h, w] = math.cos(math.pi * (along + 0.5) * number / 3)
+        self[f"{stem}prior"] = prior.double()
+
 
 # --- what layers compute, in eval mode
+
+
+def orepa_kernel(t, stem):
+    """The squeezed 3x3 kernel of a dense OREPA block."""
+    block = stem.rpartition("weight_")[0]
+    own = {name.removeprefix(stem): value for name, value in t.items() if name.startswith(stem)}
+    v = [row[:, None, None, None] for row in t[f"{block}vector"]]
+    ci = own["origin"].shape[1]
+    reduce = (own["1x1_kxk_idconv1"] + t[f"{block}id_tensor"])[:, :, 0, 0]
+    terms = [
+        own["origin"],
+        own["avg_conv"] * own["avg_avg"],
+        own["pfir_conv"] * own["prior"][:, None],
+        torch.einsum("omhw,mi->oihw", own["1x1_kxk_conv2"], reduce),
+    ]
+    if "1x1" in own:
+        terms.append(functional.pad(own["1x1"], (1, 1, 1, 1)))
+    terms.append(torch.einsum("ithw,oit->oihw", own["gconv_dw"].view(ci, 8, 3, 3), own["gconv_pw"].view(-1, ci, 8)))
+    return sum(row * term for row, term in zip(v, terms, strict=False))
 
 
 def conv(t, x, name, stride=1, padding=0, groups=1):

@@ -289,3 +289,42 @@ def test_repnas_supernet(released, x):
     assert "alphas" in report.left_out
     assert sum(".conv." in name for name in report.left_out) == 22 * 6
     assert report.beside == ["arch_optimizer", "epoch", "fixed_path", "optimizer"]
+
+
+def test_repnas_subnet(released, x):
+    """Numbers of branches say nothing there, since those that were not chosen are missing in between."""
+    options = {"block": "odbb", "width": 0.125, "block_options": {"branches": ("kxk", "kx1")}}
+    model = network("repvgg_a0", **options)
+    rows = released.repvgg_layers((2, 4, 14, 1), [feature.channels for feature in model.feature_info])
+    whole = write_repnas(released, rows)
+    t = {name: value for name, value in whole.items() if not any(f"_ops.{at}." in name for at in (0, 1, 3, 4))}
+    t = {name: value for name, value in t.items() if "skip_connect" not in name and name != "alphas"}
+    t = released.renamed(t, [("_ops.2.", "_ops.0."), ("_ops.5.", "_ops.1.")])
+
+    def run(images):
+        for at, (_, _, _, stride, _) in enumerate(rows):
+            p = f"features.{at}."
+            y = released.norm(t, released.conv(t, images, f"{p}_ops.0.conv", stride, 1), f"{p}_ops.0.bn")
+            z = released.conv(t, images, f"{p}_ops.1.conv", stride, (1, 0))
+            images = functional.relu(y + released.norm(t, z, f"{p}_ops.1.bn"))
+        return released.pooled(t, images, "linear")
+
+    expected, bound = released.uncertainty(run, x)
+    assert_close(load_checkpoint(t, model)(x), expected, bound, "output")
+
+
+def test_repnas_fused(released, x):
+    plain = network("repvgg_a0", block="plain", width=0.125)
+    rows = released.repvgg_layers((2, 4, 14, 1), [feature.channels for feature in plain.feature_info])
+    t = released.Tensors()
+    for at, (_, ci, co, _, _) in enumerate(rows):
+        t.conv(f"features.{at}.conv", co, ci, 3, bias=True)
+    t.linear("linear", 5, rows[-1][2])
+
+    def run(images):
+        for at, (_, _, _, stride, _) in enumerate(rows):
+            images = functional.relu(released.conv(t, images, f"features.{at}.conv", stride, 1))
+        return released.pooled(t, images, "linear")
+
+    expected, bound = released.uncertainty(run, x)
+    assert_close(load_checkpoint(t, plain)(x), expected, bound, "output")

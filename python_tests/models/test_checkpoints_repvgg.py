@@ -87,6 +87,26 @@ def test_groups_and_squeeze_excite(released, same, name, layers, groups, excite)
     check(load_checkpoint(timm_deployed, network(name, width=0.125, block="plain")))
 
 
+def test_orepa_vgg(released, same):
+    """A sixth row of `vector`, which nothing reads, where there is an identity."""
+    model = network("repvgg_a0", block="orepa_vgg", width=0.125)
+    rows = released.repvgg_layers(A, channels(model))
+    t = released.Tensors()
+    for p, ci, co, stride, _ in rows:
+        released.write_repvgg_block(t, p, ci, co, stride, 1)
+        del t[f"{p}rbr_dense.conv.weight"]
+        t.orepa_kernel(f"{p}rbr_dense.weight_rbr_", co, ci, rows=6 if stride == 1 else 5)
+    t.linear("linear", 7, rows[-1][2])
+
+    def block(t, x, p, stride, groups):
+        dense = {f"{p}rbr_dense.conv.weight": released.orepa_kernel(t, f"{p}rbr_dense.weight_rbr_")}
+        return released.repvgg_block({**t, **dense}, x, p, stride, groups)
+
+    check = same(t, rows, block)
+    check(load_checkpoint(t, model))
+    check(load_checkpoint({"state_dict": t}, network("repvgg_a0", block="orepa_vgg", width=0.125), layout="orepa"))
+
+
 @pytest.mark.parametrize(
     ("name", "channels"), [("repvgg_b1g4", (64, 128, 256, 512, 2048)), ("repvgg_d2se", (64, 160, 320, 640, 2560))]
 )

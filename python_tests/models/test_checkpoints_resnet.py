@@ -1,7 +1,5 @@
 """ResNet-18 by its released names, with the blocks of DBB, ACNet, OREPA and RepVGG; torchvision's names; MobileNet."""
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional
@@ -108,63 +106,25 @@ class OREPA:
 
     @staticmethod
     def write(t, p, co, ci):
-        OREPA.write_kernel(t, p, co, ci)
+        t.orepa_kernel(f"{p}weight_orepa_", co, ci)
         t.norm(f"{p}bn", co)
 
     @staticmethod
-    def write_kernel(t, p, co, ci):
-        for name in ("avg_conv", "pfir_conv", "1x1"):
-            t.conv(f"{p}weight_orepa_{name}", co, ci, 1)
-        t.conv(f"{p}weight_orepa_origin", co, ci, 3)
-        t.normal(f"{p}weight_orepa_1x1_kxk_idconv1.weight", ci, ci, 1, 1, scale=0.1)
-        t.conv(f"{p}weight_orepa_1x1_kxk_conv2", co, ci, 3)
-        t.conv(f"{p}weight_orepa_gconv_dw", 8 * ci, 1, 3)
-        t.conv(f"{p}weight_orepa_gconv_pw", co, 8 * ci, 1)
-        for name in [name for name in t if name.startswith(f"{p}weight_orepa") and name.endswith(".weight")]:
-            t[name.removesuffix(".weight")] = t.pop(name)  # parameters of the block itself, not of modules
-        t.uniform(f"{p}vector", 6, co, low=0.2, high=0.6)
-        t[f"{p}weight_orepa_avg_avg"] = torch.full((3, 3), 1 / 9).double()
-        t[f"{p}id_tensor"] = torch.eye(ci, dtype=torch.float64)[:, :, None, None]
-        prior = torch.empty(co, 3, 3)
-        for at in range(co):
-            for h in range(3):
-                for w in range(3):
-                    along, number = (h, at + 1) if at < co / 2 else (w, at + 1 - co / 2)
-                    prior[at, h, w] = math.cos(math.pi * (along + 0.5) * number / 3)
-        t[f"{p}weight_orepa_prior"] = prior.double()
-
-    @staticmethod
-    def kernel(t, p):
-        own = {name.removeprefix(f"{p}weight_orepa_"): value for name, value in t.items() if name.startswith(p)}
-        v = [row[:, None, None, None] for row in t[f"{p}vector"]]
-        reduce = own["1x1_kxk_idconv1"] + t[f"{p}id_tensor"]
-        ci = own["origin"].shape[1]
-        narrow = own["gconv_dw"].view(ci, 8, 3, 3)
-        mix = own["gconv_pw"].view(-1, ci, 8)
-        return (
-            v[0] * own["origin"]
-            + v[1] * own["avg_conv"] * own["avg_avg"]
-            + v[2] * own["pfir_conv"] * own["prior"][:, None]
-            + v[3] * torch.einsum("omhw,mi->oihw", own["1x1_kxk_conv2"], reduce[:, :, 0, 0])
-            + v[4] * functional.pad(own["1x1"], (1, 1, 1, 1))
-            + v[5] * torch.einsum("ithw,oit->oihw", narrow, mix)
-        )
-
-    @staticmethod
     def run(r, t, x, p, stride):
-        return r.norm(t, functional.conv2d(x, OREPA.kernel(t, p), None, stride, 1), f"{p}bn")
+        kernel = r.orepa_kernel(t, f"{p}weight_orepa_")
+        return r.norm(t, functional.conv2d(x, kernel, None, stride, 1), f"{p}bn")
 
     @staticmethod
     def write_stem(t, p, co):
         for at, ci in enumerate((3, co, co)):
-            OREPA.write_kernel(t, f"{p}weight{at}.", co, ci)
+            t.orepa_kernel(f"{p}weight{at}.weight_orepa_", co, ci)
         t.norm(f"{p}bn", co)
 
     @staticmethod
     def run_stem(r, t, x, p):
-        kernel = OREPA.kernel(t, f"{p}weight0.").transpose(0, 1)
+        kernel = r.orepa_kernel(t, f"{p}weight0.weight_orepa_").transpose(0, 1)
         for at in (1, 2):
-            kernel = functional.conv2d(kernel, OREPA.kernel(t, f"{p}weight{at}."), padding=2)
+            kernel = functional.conv2d(kernel, r.orepa_kernel(t, f"{p}weight{at}.weight_orepa_"), padding=2)
         return r.norm(t, functional.conv2d(x, kernel.transpose(0, 1), None, 2, 3), f"{p}bn")
 
 
