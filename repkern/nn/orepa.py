@@ -260,7 +260,8 @@ class OREPAConv2d(RepBlock):
 
     def kernel_dtype(self, device_type: str) -> torch.dtype:
         """The dtype conv2d computes in: autocast's for parameters it casts, else the parameters'."""
-        casts = self.follows_autocast and self.origin.dtype is not torch.float64
+        # Asked about "meta", torch raises instead of saying no.
+        casts = self.follows_autocast and self.origin.dtype is not torch.float64 and device_type != "meta"
         if casts and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.origin.dtype
