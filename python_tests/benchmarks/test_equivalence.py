@@ -1,12 +1,17 @@
 """The record of training form against deployed form: which cases there are, and that a difference is a failure."""
 
+import importlib.util
+from pathlib import Path
+
 import torch
 
 import repkern
-from repkern.bench import equivalence
+from repkern.bench import equivalence, results
 from repkern.bench.equivalence import equivalence_cases, run_equivalence
 from repkern.models import default_block
 from repkern.nn import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_model_is_compared_with_every_published_kind():
@@ -27,6 +32,20 @@ def test_rows():
     ]
     assert all(row.verdict == "ok" and 0 < row.error_over_bound < 1 for row in rows)
     assert len(said) == 4
+
+
+def test_the_documents_show_the_largest_difference_of_every_kind(tmp_path):
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "benchmarks" / "make_docs.py")
+    make_docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_docs)
+    env = results.environment()
+    for name, over in (("resnet18", 2e-5), ("resnet50", 3e-5), ("resnet18", 1e-5)):
+        for dtype, bound in equivalence.BOUNDS.items():
+            row = equivalence._row(name, "dbb", str(dtype).removeprefix("torch."), over * bound, bound, "ok")
+            results.append_row(tmp_path / "machine.csv", env, row)
+    text = make_docs.documents(tmp_path)["performance.md"]
+    assert "| `dbb` | 2 | 3.0e-15 (resnet50) | 3.0e-10 (resnet50) | 0 |" in text
+    assert "### Targets" not in text
 
 
 def test_a_difference_is_a_failure(monkeypatch):

@@ -88,7 +88,6 @@ def _row(name: str, kind: str, precision: str, difference: float, bound: float, 
         backend="auto",
         baseline="deployed",
         error_over_bound=difference / bound,
-        target=f"at most {bound:.0e} of the largest value",
         verdict=verdict,
     )
 
