@@ -179,7 +179,7 @@ def convert_blocks(
 
     model_names: the names of the model's state_dict; they tell whether a convolution, or a whole block, sits in `conv`
     beside an activation. Blocks inside blocks are converted first. ValueError, naming the block, when one of its
-    tensors is absent.
+    tensors is absent or has a shape that fits no such block.
     """
     done = Conversion({})
     left = dict(tensors)
@@ -199,6 +199,8 @@ def convert_blocks(
             ours = rule.convert(block)
         except KeyError as absent:
             raise ValueError(f"block {prefix.rstrip('.') or '(root)'}: {absent} is absent") from None
+        except (RuntimeError, IndexError, ValueError) as problem:
+            raise ValueError(f"block {prefix.rstrip('.') or '(root)'}: its tensors do not fit ({problem})") from problem
         for name in block:
             del left[prefix + name]
             if rule.dropped is not None and re.fullmatch(rule.dropped, name):
