@@ -25,17 +25,10 @@ def test_a_step_equals_its_layers(explicit, randomize, same):
         assert list(dict(fused.named_children())) == ["conv", "activation"]
 
 
-def test_as_a_module(explicit, randomize, same):
+def test_compiled(explicit, randomize, same):
     block = randomize(explicit.make(ConvNormAct, (4, 6, 2, 3, 2, 0, 2, "zeros"), activation=nn.ReLU()))
     assert [name for name, _ in block.named_parameters()] == ["bn.weight", "bn.bias", "conv.weight"]
-    explicit.check_life(block, same)
-    explicit.check_half(block)
-    explicit.check_every_parameter_is_used(block)
-    explicit.check_compiles(randomize(copy.deepcopy(block)), same)
-
-
-def test_in_a_pretrained_net(explicit, randomize, same):
-    explicit.check_replaced(ConvNormAct, randomize, same)
+    explicit.check_compiles(block, same)
 
 
 @pytest.mark.parametrize("kind", [ConvNormAct, OREPABlock])

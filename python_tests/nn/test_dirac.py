@@ -77,14 +77,6 @@ def test_resetting_keeps_the_parameters(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_a_module(kind, explicit, randomize, same):
-    block = randomize(kind(4, 6, 3, 2, 1, 2, 2, **F64))
-    explicit.check_life(block, same)
-    explicit.check_half(block)
-    explicit.check_every_parameter_is_used(block)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_in_a_pretrained_net(kind, same):
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False)).double().eval()
     x = torch.randn(2, 3, 9, 9, **F64)

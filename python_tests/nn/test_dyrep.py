@@ -101,20 +101,11 @@ def test_recompute_changes_nothing(explicit, randomize, same):
     explicit.check_step(block, branches(explicit), same)
 
 
-def test_as_a_module(explicit, randomize, same):
+def test_a_nested_block_as_a_module(explicit, randomize, same):
     block = with_nested(randomize)
     explicit.check_life(block, same)
     explicit.check_half(block)
     explicit.check_every_parameter_is_used(block)
-
-
-def test_compiled(explicit, randomize, same):
-    block = randomize(DyRepBlock(4, 4, 3, branches=("1x1_kxk", "1x1_avg", "kxk", "id"), **F64))
-    explicit.check_compiles(block, same)
-
-
-def test_in_a_pretrained_net(explicit, randomize, same):
-    explicit.check_replaced(DyRepBlock, randomize, same)
 
 
 def test_preserving_through_nested_blocks(randomize, same):

@@ -123,17 +123,6 @@ def test_keep_branches(randomize, same):
         block.set_equivalent_kernel_bias(torch.zeros(4, 4, 3, 3), None)
 
 
-def test_as_a_module(explicit, randomize, same):
-    block = randomize(explicit.make(ODBBlock, (4, 6, 2, 3, 2, 0, 2, "zeros"), activation=nn.ReLU()))
-    explicit.check_life(block, same)
-    explicit.check_half(block)
-    explicit.check_every_parameter_is_used(block)
-
-
-def test_in_a_pretrained_net(explicit, randomize, same):
-    explicit.check_replaced(ODBBlock, randomize, same)
-
-
 def test_compiled_with_gates(randomize, same):
     block = randomize(ODBBlock(4, 4, 3, branches=("1x1", "1x1_avg", "kxk", "id"), **F64)).train()
     twin = copy.deepcopy(block)
