@@ -201,6 +201,24 @@ def test_a_norm_of_ones_own_is_called(same):
     check_steps(own, plain, same, steps=2)
 
 
+@pytest.mark.parametrize("kind", ["batch", "frozen", "plain", "none", "no bias"])
+def test_a_gain_multiplies_a_whole_term(kind, same):
+    norm = nn.BatchNorm2d(CHANNELS) if kind == "no bias" else NORMS[kind]()
+    if kind == "no bias":
+        norm.bias = None
+    own = Sum([norm, nn.BatchNorm2d(CHANNELS), None]).double()
+    gain = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = images()
+    branches = [Branch(norm, own.dense, gain=gain), Branch(own.norms[1], own.pointwise)]
+    out = branch_norm_sum(x, branches, nn.ReLU())
+    y = own.dense(x)
+    wanted = torch.relu(gain * (y if norm is None else norm(y)) + own.norms[1](own.pointwise(x)))
+    same(out, wanted, ROUNDING)
+    leaves = [x, gain, own.dense.weight, own.norms[1].weight]
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (out, wanted)), strict=True):
+        same(a, b, 1e-11, "gradient")
+
+
 def test_one_norm_in_two_branches(same):
     norm = nn.BatchNorm2d(CHANNELS)
     own, plain = pair([norm, norm, None])
