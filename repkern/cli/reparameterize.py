@@ -84,9 +84,10 @@ def _print(done: Conversion) -> None:
     if report.worst_output is None:
         rows.append(("difference", "not compared (--verify 0)"))
     else:
-        precision = "float64" if report.float64 else "its own precision"
-        rows.append(("compared", f"{done.batch} images {done.image_size}x{done.image_size}, with {precision}"))
-        rows += [("largest difference", difference(report.worst_output))]
+        rows.append(("compared", f"on {done.batch} images {done.image_size}x{done.image_size}"))
+        rows.append(("largest difference", difference(report.worst_output)))
+        if report.worst_in_float64 is not None:
+            rows.append(("in float64", difference(report.worst_in_float64)))
         if report.worst_block is not None:
             rows.append(("worst block", f"{escape(report.worst_block.name)}: {difference(report.worst_block)}"))
     print_pairs(console(), [*rows, ("written", escape(done.destination))])

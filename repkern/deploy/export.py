@@ -207,6 +207,7 @@ def _check(
         ) from problem
     for args in batches:
         reference = Reference(model, args)
+        reference.require_finite()
         names = [f"output {at}" for at in range(len(reference.outputs))]
         batch = next((len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim() > 0), 1)
         try:
