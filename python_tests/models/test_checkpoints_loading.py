@@ -13,6 +13,7 @@ from repkern.models import create_model
 from repkern.models.checkpoints import LoadReport
 from repkern.nn.acb import ACBlock
 from repkern.nn.dbb import DiverseBranchBlock
+from repkern.nn.kinds import KINDS
 from repkern.nn.qarepvgg import QARepVGGBlock
 from repkern.nn.repvgg import RepVGGBlock
 from repkern.testing import assert_close
@@ -168,6 +169,17 @@ def test_features_only_takes_what_it_has(released):
     assert {name.split(".")[0] for name in report.left_out} == {"head", "stages"}
     with pytest.raises(ValueError, match=r"\(1 problems\):\s+unexpected: stages\.2\.14\.more"):
         load_checkpoint({**t, "stage3.14.more": torch.zeros(1)}, backbone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_own_names_stay(kind):
+    """No importer takes a block of ours for a released one."""
+    with torch.device("meta"):
+        state = create_model("resnet18", block=kind).state_dict()
+    report = LoadReport()
+    assert load_checkpoint(state, report=report).keys() == state.keys()
+    assert report.layouts == ["repkern"]
+    assert report.loaded == list(state)
 
 
 def test_half_precision_files_load_into_float32(released):

@@ -175,7 +175,7 @@ def _has(tensors: Mapping[str, Tensor], prefix: str, pattern: str) -> bool:
 def convert_blocks(
     tensors: Mapping[str, Tensor], layouts: Sequence[Layout], model_names: Collection[str] = ()
 ) -> Conversion:
-    """Bring every block of these layouts to our names, under the prefix it has. Other names stay.
+    """Bring every block of these layouts to our names, under the prefix it has. Other names stay, and the order.
 
     model_names: the names of the model's state_dict; they tell whether a convolution, or a whole block, sits in `conv`
     beside an activation. Blocks inside blocks are converted first. ValueError, naming the block, when one of its
@@ -183,6 +183,7 @@ def convert_blocks(
     """
     done = Conversion({})
     left = dict(tensors)
+    position = {name: at for at, name in enumerate(tensors)}
     found = [
         (prefix, rule, layout)
         for layout in layouts
@@ -208,7 +209,8 @@ def convert_blocks(
         placed = _placed(prefix, ours, rule, model_names)
         done.blocks.append(Found(prefix, layout.name if rule.telling else "", rule.deployed, tuple(placed)))
         left |= placed
-    done.tensors = left
+        position |= dict.fromkeys(placed, min(position[prefix + name] for name in block))
+    done.tensors = {name: left[name] for name in sorted(left, key=position.__getitem__)}
     return done
 
 

@@ -59,6 +59,7 @@ def load_checkpoint(
     converted = _convert(checkpoint, inner, layout, report)
     if layout == SCALES.name:
         converted.tensors = checked_scales(converted, inner, report, strict=strict)
+    report.loaded = list(converted.tensors)
     _tell(report, converted.left_out)
     return converted.tensors
 

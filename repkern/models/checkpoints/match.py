@@ -23,7 +23,7 @@ class LoadReport:
     layouts: of the blocks; beside: entries next to the tensors (optimizer, epoch) that are not read; left_out: tensors
     that have no place in ours; missing, unexpected: names only the model, or only the checkpoint has; mismatched: name
     -> (shape in the checkpoint, shape in the model); counts: norms' counts of batches that older files do not have,
-    set to 0; loaded: names that were loaded.
+    set to 0; loaded: names that were loaded, or without a model converted.
     """
 
     layouts: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class LoadReport:
         return lines
 
     def __str__(self) -> str:
-        lines = [f"loaded {len(self.loaded)} tensors (layout {', '.join(self.layouts)})"]
+        lines = [f"{len(self.loaded)} tensors (layout {', '.join(self.layouts)})"]
         if self.beside:
             lines.append(f"not read: {', '.join(self.beside)}")
         if self.counts:
