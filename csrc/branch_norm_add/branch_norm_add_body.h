@@ -12,6 +12,10 @@ namespace REPKERN_ISA_NAMESPACE {
 namespace {
 
 constexpr int kSlices = 4;  // units of work a thread should have, where it matters
+// What is written of at least this size is stored past the caches: it would not be found in them, and a line need not
+// be read before it is overwritten.
+constexpr int64_t kStreamBytes = 4 << 20;
+constexpr int64_t kChannelsOfUnit = 8;  // neighbours in memory, so that the next channel can be fetched ahead
 
 // Where everything of a call lies. With an empty workspace only its size is meaningful.
 template <class X>
@@ -123,22 +127,33 @@ struct Job {
 
   // --- the order of work ---
 
+  bool streams(int64_t maps) const {
+    return maps * in.count() * in.c * static_cast<int64_t>(sizeof(X)) >= kStreamBytes;
+  }
+
   // first(part) and second(part) over all parts of a channel, middle() in between. One thread takes a whole channel
   // where there are enough of them, so that the second reading finds the channel in its cache.
   template <class First, class Middle, class Second>
   void by_channel(const First& first, const Middle& middle, const Second& second) const {
     const int64_t chunks = contiguous.cut.count;
     if (threads <= 1 || in.c >= kSlices * threads) {
-      parallel_for(in.c, threads, [&](int64_t channel, int) {
-        for (int64_t i = 0; i < chunks; ++i) first(channel, i);
-        middle(channel);
-        for (int64_t i = chunks; i-- > 0;) second(channel, i);  // what was read last is in the cache for sure
+      const int64_t group = larger(lesser(in.c / (kSlices * threads), kChannelsOfUnit), 1);
+      parallel_for(divide_up(in.c, group), threads, [&](int64_t unit, int) {
+        for (int64_t channel = unit * group; channel < lesser((unit + 1) * group, in.c); ++channel) {
+          for (int64_t i = 0; i < chunks; ++i) first(channel, i);
+          middle(channel);
+          for (int64_t i = chunks; i-- > 0;) second(channel, i);  // what was read last is in the cache for sure
+        }
+        Math<T>::fence();
       });
       return;
     }
     parallel_for(in.c * chunks, threads, [&](int64_t unit, int) { first(unit / chunks, unit % chunks); });
     parallel_for(in.c, threads, [&](int64_t channel, int) { middle(channel); });
-    parallel_for(in.c * chunks, threads, [&](int64_t unit, int) { second(unit / chunks, unit % chunks); });
+    parallel_for(in.c * chunks, threads, [&](int64_t unit, int) {
+      second(unit / chunks, unit % chunks);
+      Math<T>::fence();
+    });
   }
 
   template <class First, class Middle, class Second>
@@ -148,7 +163,10 @@ struct Job {
     parallel_for(divide_up(in.c, slice), threads, [&](int64_t unit, int) {
       for (int64_t channel = unit * slice; channel < lesser((unit + 1) * slice, in.c); ++channel) middle(channel);
     });
-    parallel_for(lanes.cut.count, threads, [&](int64_t block, int) { second(block); });
+    parallel_for(lanes.cut.count, threads, [&](int64_t block, int) {
+      second(lanes.cut.count - 1 - block);  // what was read last may still be in a cache
+      Math<T>::fence();
+    });
   }
 
   // --- the passes ---
@@ -180,6 +198,7 @@ struct Job {
   template <Known K>
   void forward(void* out) const {
     X* to = static_cast<X*>(out);
+    const bool stream = streams(1);
     const auto middle = [&](int64_t channel) {
       finish_all_statistics(channel);
       terms.prepare(in, channel);
@@ -187,11 +206,11 @@ struct Job {
     if (in.channels_last) {
       const auto run = lanes.run_of(terms);
       return by_block([&](int64_t block) { block_statistics(block); }, middle,
-                      [&](int64_t block) { lanes.template forward<K>(run, block, to); });
+                      [&](int64_t block) { lanes.template forward<K>(run, block, to, stream); });
     }
     by_channel([&](int64_t channel, int64_t i) { chunk_statistics(channel, i); }, middle,
                [&](int64_t channel, int64_t i) {
-                 contiguous.template forward<K>(contiguous.run_of(terms, channel), channel, i, to);
+                 contiguous.template forward<K>(contiguous.run_of(terms, channel), channel, i, to, stream);
                });
   }
 
@@ -231,7 +250,7 @@ struct Job {
   template <Known K>
   void backward(const NormGrads& g) const {
     const X* grad = static_cast<const X*>(g.out);
-    const bool own = g.sums == nullptr;
+    const bool own = g.sums == nullptr, stream = streams(in.norms + (g.as_is != nullptr));
     prepare_all();
     const auto middle = [&](int64_t channel) { finish_backward(g, channel); };
     if (in.channels_last) {
@@ -241,7 +260,7 @@ struct Job {
           [&](int64_t block) {
             if (own) block_sums<K>(block, grad);
           },
-          middle, [&](int64_t block) { lanes.template backward<K>(run, to, block); });
+          middle, [&](int64_t block) { lanes.template backward<K>(run, to, block, stream); });
     }
     by_channel(
         [&](int64_t channel, int64_t i) {
@@ -250,7 +269,7 @@ struct Job {
         middle,
         [&](int64_t channel, int64_t i) {
           const auto to = grad_run(One(slopes, 0, in.branches, channel), One(offsets, 0, in.branches, channel), g);
-          contiguous.template backward<K>(contiguous.run_of(terms, channel), to, channel, i);
+          contiguous.template backward<K>(contiguous.run_of(terms, channel), to, channel, i, stream);
         });
   }
 };

@@ -25,6 +25,7 @@ struct Contiguous {
   using M = Math<T>;
   using Reg = typename V::Reg;
   static constexpr int W = V::width;
+  static constexpr int kLines = 4 * W * sizeof(X) > 64 ? 4 * W * sizeof(X) / 64 : 1;  // cache lines of four vectors
 
   const View<X>& in;
   Chunks cut;
@@ -52,10 +53,13 @@ struct Contiguous {
     for (; j < length; j += W) sum.part[0] = V::add(sum.part[0], Io<X>::load_n(y + j, length - j));
   }
 
-  static void add_centred_run(const X* y, int64_t length, T centre, Lanes<T>& sum, Lanes<T>& square) {
+  // Asks for what the next chunk will read (`next`) while this one's second reading leaves memory idle.
+  static void add_centred_run(const X* y, const X* next, int64_t length, T centre, Lanes<T>& sum, Lanes<T>& square) {
     const Reg middle = V::set1(centre);
     int64_t j = 0;
     for (; j + 4 * W <= length; j += 4 * W) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kLines; ++line) __builtin_prefetch(next + j + line * (64 / sizeof(X)));
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
         const Reg d = M::sub(Io<X>::load(y + j + u * W), middle);
@@ -70,6 +74,14 @@ struct Contiguous {
     }
   }
 
+  // From a run of this chunk to that of the next; of the next channel behind the last chunk.
+  int64_t distance_to_next(int64_t channel, int64_t index, const Chunk& here) const {
+    if (index + 1 == cut.count)
+      return channel + 1 == in.c ? 0 : offset(0, channel + 1, chunk(0)) - offset(here.image, channel, here);
+    const Chunk next = chunk(index + 1);
+    return offset(next.image, channel, next) - offset(here.image, channel, here);
+  }
+
   // A chunk's mean and its sum of squared differences from that: [2].
   void statistics(int b, int64_t channel, int64_t index, double* to) const {
     const Chunk here = chunk(index);
@@ -77,7 +89,11 @@ struct Contiguous {
     Lanes<T> sum, off, square;
     over_runs(channel, here, [&](int64_t at) { add_run(in.y[b] + at, here.length, sum); });
     const T centre = static_cast<T>(sum.total() / size);
-    over_runs(channel, here, [&](int64_t at) { add_centred_run(in.y[b] + at, here.length, centre, off, square); });
+    const int64_t ahead = distance_to_next(channel, index, here);
+    over_runs(channel, here, [&](int64_t at) {
+      const X* y = in.y[b] + at;
+      add_centred_run(y, y + ahead, here.length, centre, off, square);
+    });
     const double d = off.total();
     to[0] = centre + d / size;
     to[1] = square.total() - d * d / size;
@@ -92,18 +108,18 @@ struct Contiguous {
   }
 
   template <Known K>
-  void forward(const Run<X, OneChannel<T>>& numbers, int64_t channel, int64_t index, X* out) const {
+  void forward(const Run<X, OneChannel<T>>& numbers, int64_t channel, int64_t index, X* out, bool stream) const {
     const Chunk here = chunk(index);
     Run<X, OneChannel<T>> run = numbers;
     over_runs(channel, here, [&](int64_t at) {
       for (int b = 0; b < in.branches; ++b) run.y[b] = in.y[b] + at;
-      Elements<X, K, OneChannel<T>>{in, run}.forward(out + at, here.length);
+      Elements<X, K, OneChannel<T>>{in, run}.forward(out + at, here.length, stream);
     });
   }
 
   template <Known K>
   void backward(const Run<X, OneChannel<T>>& numbers, const GradRun<X, OneChannel<T>>& grads, int64_t channel,
-                int64_t index) const {
+                int64_t index, bool stream) const {
     const Chunk here = chunk(index);
     Run<X, OneChannel<T>> run = numbers;
     GradRun<X, OneChannel<T>> to = grads;
@@ -114,7 +130,7 @@ struct Contiguous {
       }
       to.out = grads.out + at;
       to.as_is = grads.as_is == nullptr ? nullptr : grads.as_is + at;
-      Elements<X, K, OneChannel<T>>{in, run}.backward(to, here.length);
+      Elements<X, K, OneChannel<T>>{in, run}.backward(to, here.length, stream);
     });
   }
 

@@ -63,14 +63,17 @@ struct Elements {
   static Reg load(const X* from, int64_t left) {
     return kPart ? Io<X>::load_n(from, left) : Io<X>::load(from);
   }
-  template <bool kPart>
+  template <bool kPart, bool kStream>
   static void store(X* to, Reg r, int64_t left) {
     if (kPart) {
       Io<X>::store_n(to, r, left);
+    } else if (kStream) {
+      Io<X>::stream(to, r);
     } else {
       Io<X>::store(to, r);
     }
   }
+  static bool aligned(const X* at) { return reinterpret_cast<uintptr_t>(at) % Io<X>::kStreamAlignment == 0; }
 
   template <int N, bool kPart>
   void sum_branches(int64_t j, int64_t left, Reg (&z)[N]) const {
@@ -94,15 +97,15 @@ struct Elements {
     }
   }
 
-  template <int N, bool kPart>
+  template <int N, bool kPart, bool kStream>
   void forward_step(X* out, int64_t j, int64_t left) const {
     Reg z[N];
     sum_branches<N, kPart>(j, left, z);
 #pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) store<kPart>(out + j + u * W, A::value(z[u], in.activation), left);
+    for (int u = 0; u < N; ++u) store<kPart, kStream>(out + j + u * W, A::value(z[u], in.activation), left);
   }
 
-  template <int N, bool kPart>
+  template <int N, bool kPart, bool kStream>
   void backward_step(const GradRun<X, Numbers>& to, int64_t j, int64_t left) const {
     Reg dz[N];
     grad_of_sum<N, kPart>(to.out, j, left, dz);
@@ -117,26 +120,36 @@ struct Elements {
           const Reg centred = M::sub(load<kPart>(run.y[b] + at, left), run.mean.at(b, at));
           grad = V::fma(dz[u], run.scale.at(b, at), V::fma(centred, to.slope.at(b, at), to.offset.at(b, at)));
         }
-        store<kPart>(to.y[b] + at, grad, left);
+        store<kPart, kStream>(to.y[b] + at, grad, left);
       }
     }
     if (to.as_is == nullptr) return;
 #pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) store<kPart>(to.as_is + j + u * W, dz[u], left);
+    for (int u = 0; u < N; ++u) store<kPart, kStream>(to.as_is + j + u * W, dz[u], left);
   }
 
-  void forward(X* out, int64_t length) const {
+  template <bool kStream>
+  void forward_run(X* out, int64_t length) const {
     int64_t j = 0;
-    for (; j + kWide * W <= length; j += kWide * W) forward_step<kWide, false>(out, j, 0);
-    for (; j + W <= length; j += W) forward_step<1, false>(out, j, 0);
-    if (j < length) forward_step<1, true>(out, j, length - j);
+    for (; j + kWide * W <= length; j += kWide * W) forward_step<kWide, false, kStream>(out, j, 0);
+    for (; j + W <= length; j += W) forward_step<1, false, kStream>(out, j, 0);
+    if (j < length) forward_step<1, true, false>(out, j, length - j);
+  }
+  void forward(X* out, int64_t length, bool stream) const {
+    stream&& aligned(out) ? forward_run<true>(out, length) : forward_run<false>(out, length);
   }
 
-  void backward(const GradRun<X, Numbers>& to, int64_t length) const {
+  template <bool kStream>
+  void backward_run(const GradRun<X, Numbers>& to, int64_t length) const {
     int64_t j = 0;
-    for (; j + kWide * W <= length; j += kWide * W) backward_step<kWide, false>(to, j, 0);
-    for (; j + W <= length; j += W) backward_step<1, false>(to, j, 0);
-    if (j < length) backward_step<1, true>(to, j, length - j);
+    for (; j + kWide * W <= length; j += kWide * W) backward_step<kWide, false, kStream>(to, j, 0);
+    for (; j + W <= length; j += W) backward_step<1, false, kStream>(to, j, 0);
+    if (j < length) backward_step<1, true, false>(to, j, length - j);
+  }
+  void backward(const GradRun<X, Numbers>& to, int64_t length, bool stream) const {
+    stream = stream && aligned(to.as_is);
+    for (int b = 0; b < in.branches; ++b) stream = stream && aligned(to.y[b]);
+    stream ? backward_run<true>(to, length) : backward_run<false>(to, length);
   }
 };
 

@@ -78,17 +78,18 @@ struct ChannelsLast {
   }
 
   template <Known K>
-  void forward(const Run<X, EachChannel<T>>& numbers, int64_t block, X* out) const {
+  void forward(const Run<X, EachChannel<T>>& numbers, int64_t block, X* out, bool stream) const {
     Run<X, EachChannel<T>> run = numbers;
     const int64_t begin = cut.begin(block);
     for (int64_t r = begin; r < begin + cut.size(block); ++r) {
       for (int b = 0; b < in.branches; ++b) run.y[b] = in.y[b] + r * in.c;
-      Elements<X, K, EachChannel<T>>{in, run}.forward(out + r * in.c, in.c);
+      Elements<X, K, EachChannel<T>>{in, run}.forward(out + r * in.c, in.c, stream);
     }
   }
 
   template <Known K>
-  void backward(const Run<X, EachChannel<T>>& numbers, const GradRun<X, EachChannel<T>>& grads, int64_t block) const {
+  void backward(const Run<X, EachChannel<T>>& numbers, const GradRun<X, EachChannel<T>>& grads, int64_t block,
+                bool stream) const {
     Run<X, EachChannel<T>> run = numbers;
     GradRun<X, EachChannel<T>> to = grads;
     const int64_t begin = cut.begin(block);
@@ -100,7 +101,7 @@ struct ChannelsLast {
       }
       to.out = grads.out + at;
       to.as_is = grads.as_is == nullptr ? nullptr : grads.as_is + at;
-      Elements<X, K, EachChannel<T>>{in, run}.backward(to, in.c);
+      Elements<X, K, EachChannel<T>>{in, run}.backward(to, in.c, stream);
     }
   }
 

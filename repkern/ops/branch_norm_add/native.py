@@ -164,9 +164,8 @@ class _Call:
         grads: Sequence[Tensor] = (),
     ) -> None:
         """Every branch with its parameters and statistics."""
-        weights, biases, means, variances = (
-            [t.contiguous() for t in tensors] for tensors in (weights, biases, means, variances)
-        )
+        weights, biases = [t.contiguous() for t in weights], [t.contiguous() for t in biases]
+        means, variances = [t.contiguous() for t in means], [t.contiguous() for t in variances]
         self._alive += [*weights, *biases, *means, *variances]
         row = mean.shape[1] * mean.element_size()
         mean_at, var_at = mean.data_ptr(), var.data_ptr()
