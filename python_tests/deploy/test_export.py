@@ -25,7 +25,7 @@ class TwoInputs(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a = RepVGGBlock(3, 6, 3, activation=nn.ReLU())
+        self.a = RepVGGBlock(3, 6, 3, activation=nn.ReLU(), se=2)
         self.b = OREPABlock(3, 6, 3, stride=2)
         self.last = nn.Linear(6, 4)
 
@@ -105,14 +105,14 @@ def test_several_inputs_and_outputs(randomize, tmp_path, suffix):
         assert [value.name for value in onnx.load(tmp_path / "net.onnx").graph.output] == ["map", "scores"]
 
 
-def test_a_network_of_ours_with_squeeze_excite_says_what_it_is(randomize, tmp_path):
-    model = randomize(create_model("repopt_vgg_b1_se", block="repvgg", num_classes=3, width=0.125))
+def test_a_network_of_ours_says_what_it_is(randomize, tmp_path):
+    model = randomize(create_model("vgg16_cifar", block="repvgg", num_classes=3, width=0.125))
     export(model, tmp_path / "net.onnx", torch.randn(1, 3, 32, 32), opset=20)
     proto = onnx.load(tmp_path / "net.onnx")
     assert proto.opset_import[0].version == 20
     properties = {entry.key: entry.value for entry in proto.metadata_props}
     assert properties["repkern"] == repkern.__version__
-    assert json.loads(properties["model"])["model_name"] == "repopt_vgg_b1_se"
+    assert json.loads(properties["model"])["model_name"] == "vgg16_cifar"
     dims = proto.graph.input[0].type.tensor_type.shape.dim
     assert (dims[0].dim_param, [dim.dim_value for dim in dims[1:]]) == ("batch", [3, 32, 32])
     assert not {node.op_type for node in proto.graph.node} & {"BatchNormalization", "Add"}

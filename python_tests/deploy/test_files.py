@@ -7,7 +7,7 @@ import torch
 
 from repkern.deploy import Conversion, open_model, reparameterize_file
 from repkern.models import create_model, load, save
-from repkern.nn import ACBlock, RepBlock, RepVGGBlock
+from repkern.nn import ACBlock, DyRepBlock, RepBlock, RepVGGBlock
 
 CLASSES = 7
 
@@ -124,6 +124,44 @@ def test_the_kind_of_block_is_found(tmp_path, x):
     assert opened.model.block == "acb"
     assert isinstance(opened.model.stem, ACBlock)
     assert torch.equal(opened.model(x), model(x))
+
+
+def official_dyrep(state):
+    """Our names -> those of DyRep's code around a ResNet."""
+    names = (
+        (r"^stem\.conv\.", "conv1."),
+        (r"^stem\.bn\.", "bn1."),
+        (r"^head\.", "fc."),
+        (r"^stages\.(\d)\.", lambda found: f"layer{int(found[1]) + 1}."),
+        (r"shortcut\.conv\.", "downsample.0."),
+        (r"shortcut\.bn\.", "downsample.1."),
+        (r"conv(\d)\.conv\.", r"conv\1."),
+        (r"conv(\d)\.bn\.", r"bn\1."),
+        (r"\bdense\.", "dbb_kxk.conv."),
+        (r"\bdense_bn\.", "dbb_kxk.bn."),
+        (r"\bpointwise\.", "dbb_1x1.conv."),
+        (r"\bpointwise_bn\.", "dbb_1x1.bn."),
+    )
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, new in names:
+            name = re.sub(pattern, new, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def test_branches_that_dyrep_grew_and_nested_come_along(tmp_path, x):
+    model = create_model("resnet18", num_classes=CLASSES).eval().requires_grad_(False)
+    grown = model.stages[0][0].conv1
+    grown.conv = DyRepBlock.grow(grown.conv, branches=["kxk", "1x1"]).eval()
+    grown.conv.dense = DyRepBlock.grow(grown.conv.dense, branches=["kxk", "1x1"]).eval()
+    torch.save({"model": official_dyrep(model.state_dict())}, tmp_path / "dyrep.pth")
+    opened = open_model(tmp_path / "dyrep.pth", model="resnet18")
+    assert "dyrep" in opened.layouts
+    assert opened.model.stages[0][0].conv1.conv.dense.branches == ("1x1", "kxk")
+    assert torch.equal(opened.model(x), model(x))
+    save(opened.model, tmp_path / "ours.safetensors")
+    assert torch.equal(load(tmp_path / "ours.safetensors")(x), model(x))
 
 
 def test_what_fits_no_block_says_what_is_closest_in_few_lines(trained, folder):
