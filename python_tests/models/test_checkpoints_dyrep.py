@@ -220,6 +220,20 @@ def test_inside_our_networks(released):
     assert_close(reparameterize(model)(x), output, 1e-10 * float(output.abs().max()), "deployed")
 
 
+def test_deployed_file(released, x):
+    """Its convolutions have a bias, those of the clean model none."""
+    plain, t = Net().eval(), released.Tensors()
+    for name in ("conv1", "layer1.0", "layer1.3"):
+        conv = plain.get_submodule(name)
+        t.conv(f"{name}.conv_deployed", conv.out_channels, conv.in_channels, 3, conv.groups, bias=True)
+    t.norm("bn1", 8)
+    t.norm("layer1.1", 8)
+    t.linear("fc", 5, 8)
+    deployed = {name.replace(".conv_deployed", ""): value for name, value in t.items()}
+    expected, bound = released.uncertainty(lambda images: run_net(released, deployed, images), x)
+    assert_close(load_checkpoint(t, plain)(x), expected, bound, "output")
+
+
 def test_graph_that_disagrees_is_logged(released, caplog):
     t = write_net(released)
     wrong = graph(t)

@@ -30,6 +30,7 @@ _LAST_NORMS = {
 }
 _PARTS = ("running_mean", "weight")
 _MARK = "dbb_kxk.bn.running_mean"
+_DEPLOYED = "conv_deployed"
 _NESTED = {"dbb_kxk.conv": "dense", "dbb_1x1_kxk.conv2": "expand"}
 
 
@@ -72,8 +73,8 @@ class Growth:
 
     tensors: the checkpoint's, its layers by the model's names and its blocks by DyRep's. A convolution (inside a
     ConvNormAct too, which then becomes a sequence of the same names) becomes a DyRepBlock of the branches the tensors
-    have, blocks inside blocks included; one that was cut to a convolution with bias gets a bias. Blocks that are as
-    they should be stay. The new values are for the caller to load.
+    have, blocks inside blocks included; one that was cut to a convolution with bias, or deployed, gets a bias. Blocks
+    that are as they should be stay. The new values are for the caller to load.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -115,24 +116,28 @@ class Growth:
             raise ValueError(
                 f"the checkpoint has a DyRep block at {path or '(root)'}, where the model has {kind} and no nn.Conv2d"
             )
+        kept: dict[str, Any] = {}
+        if isinstance(old, DyRepBlock):
+            kept = {name: getattr(old, name) for name in ("activation", "border", "recompute")}
         block = DyRepBlock(
-            **_geometry(old),
-            padding_mode=old.padding_mode,
-            activation=old.activation if isinstance(old, DyRepBlock) else None,
-            branches=branches,
-            internal_channels=internal,
+            **_geometry(old), padding_mode=old.padding_mode, branches=branches, internal_channels=internal, **kept
         )
         trained = any(parameter.requires_grad for parameter in old.parameters())
         self._put(path, old, block.train(old.training).requires_grad_(trained))
 
     def _add_biases(self, tensors: Mapping[str, Tensor]) -> None:
         for name in tensors:
-            path = name.removesuffix("bias").rstrip(".")
-            conv = _module_at(self.model, path) if name in (f"{path}.bias", "bias") else None
+            path, _, last = name.rpartition(".")
+            path = path.removesuffix(_DEPLOYED).rstrip(".")
+            conv = _module_at(self.model, path) if last == "bias" else None
             if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
                 continue
             new = nn.utils.skip_init(nn.Conv2d, **_geometry(conv), bias=True, padding_mode=conv.padding_mode)
-            self._put(path, conv, new.train(conv.training).requires_grad_(conv.weight.requires_grad))
+            self._put(
+                path.removesuffix(_DEPLOYED).rstrip("."),
+                conv,
+                new.train(conv.training).requires_grad_(conv.weight.requires_grad),
+            )
 
     def _put(self, path: str, old: nn.Module, new: nn.Module) -> None:
         if not path:
