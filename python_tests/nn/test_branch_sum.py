@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from repkern.nn import branch_sum
 from repkern.nn.branch_sum import Branch, branch_norm_sum, norm_scale_shift
 
 ROUNDING = 1e-12  # relative to the largest value, after a few steps in float64
@@ -140,8 +141,10 @@ def test_frozen_parameters_and_inputs_get_no_gradient(same):
     same(own.dense.weight.grad, plain.dense.weight.grad, 1e-10, "weight gradient of a constant input")
 
 
+@pytest.mark.parametrize("small", [0, 1 << 18])
 @pytest.mark.parametrize("training", [True, False])
-def test_without_gradients(training, same):
+def test_without_gradients(training, small, same, monkeypatch):
+    monkeypatch.setattr(branch_sum, "_WORTH_A_CALL", small)
     own, plain = pair([nn.BatchNorm2d(CHANNELS) for _ in range(3)], nn.ReLU())
     own.train(training)
     plain.train(training)
