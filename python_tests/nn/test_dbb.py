@@ -17,7 +17,11 @@ CASES = (
     (4, 4, 4, 3, 1, 2, 3, "zeros"),
     (4, 8, 4, 3, 1, 1, 1, "reflect"),
     (6, 3, 3, 3, (1, 2), 0, 1, "zeros"),
+    # kernels with more values than the maps: the map is scaled instead
+    (4, 12, 1, 7, 1, 2, 1, "zeros"),
+    (4, 24, 2, 7, 2, 4, 1, "reflect"),
 )
+DEEP = CASES[-2]
 
 
 def kernel_of(reduce):
@@ -88,9 +92,14 @@ def test_exact_borders_make_training_one_convolution(explicit, randomize, same):
         assert apart < 1e-12 if border == "exact" else 1e-6 < apart < 0.1, border
 
 
+@pytest.mark.parametrize("geometry", [(4, 6, 1, 3, 1, 1, 1, "zeros"), DEEP])
+@pytest.mark.parametrize("border", ["exact", "released"])
 @pytest.mark.parametrize(("recompute", "alive"), [("none", 6), ("cheap", 2)])
-def test_recompute_drops_the_cheap_maps_and_changes_nothing(recompute, alive, explicit, randomize, same, monkeypatch):
-    block = randomize(DiverseBranchBlock(4, 6, 3, recompute=recompute, activation=nn.ReLU(), **F64)).train()
+def test_recompute_drops_the_cheap_maps_and_changes_nothing(
+    recompute, alive, border, geometry, explicit, randomize, same, monkeypatch
+):
+    block = explicit.make(DiverseBranchBlock, geometry, recompute=recompute, border=border, activation=nn.ReLU())
+    block = randomize(block).train()
     explicit.check_step(block, four_branches(explicit), same, recompute)
     maps = []
 
