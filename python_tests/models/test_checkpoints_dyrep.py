@@ -156,11 +156,11 @@ def test_graph_is_rebuilt_on_a_clean_model(released, x, forms, tmp_path, caplog)
     blocks = [id(module) for module in model.modules() if isinstance(module, DyRepBlock)]
     load_checkpoint(t, model, layout="dyrep")
     assert blocks == [id(module) for module in model.modules() if isinstance(module, DyRepBlock)]
-    other = write_net(released, second=("kxk", "kx1"), nested=())
-    if "first" not in forms and "depthwise" not in forms:
+    for options in ({"second": ("kxk", "kx1"), "nested": ()}, {"nested": ("dense",)}, {"nested": ()}):
+        other = write_net(released, **{**forms, **options})
         load_checkpoint(other, model)
-        expected, bound = released.uncertainty(lambda images: run_net(released, other, images), x)
-        assert_close(model(x), expected, bound, "output with other branches")
+        expected, bound = released.uncertainty(lambda images, other=other: run_net(released, other, images), x)
+        assert_close(model(x), expected, bound, f"output with other blocks {options}")
 
 
 def absent_norm(t):

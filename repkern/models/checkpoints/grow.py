@@ -78,11 +78,11 @@ class Growth:
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.model = model
+        self.model = self._given = model
         self._changes: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
-        blocks = _blocks(tensors)
+        self._blocks = _blocks(tensors)
         try:
-            for prefix, branches in blocks.items():
+            for prefix, branches in self._blocks.items():
                 internal = tensors.get(f"{prefix}dbb_1x1_kxk.conv1.weight")
                 self._grow(prefix, branches, None if internal is None else internal.shape[0])
             self._add_biases(tensors)
@@ -93,7 +93,7 @@ class Growth:
     @property
     def changed(self) -> bool:
         """Whether the model has other layers now."""
-        return bool(self._changes)
+        return bool(self._changes) or self.model is not self._given
 
     def undo(self) -> None:
         """Make the model what it was."""
@@ -109,7 +109,7 @@ class Growth:
     def _grow(self, prefix: str, branches: Sequence[str], internal: int | None) -> None:
         path = _our_path(prefix)
         old = _module_at(self.model, path)
-        if isinstance(old, DyRepBlock) and set(old.branches) == set(branches):
+        if isinstance(old, DyRepBlock) and self._is_as_stored(old, prefix, branches, internal):
             return
         if not isinstance(old, (nn.Conv2d, DyRepBlock)):
             kind = "nothing" if old is None else type(old).__name__
@@ -125,6 +125,13 @@ class Growth:
         trained = any(parameter.requires_grad for parameter in old.parameters())
         self._put(path, old, block.train(old.training).requires_grad_(trained))
 
+    def _is_as_stored(self, block: DyRepBlock, prefix: str, branches: Sequence[str], internal: int | None) -> bool:
+        nested = all(
+            isinstance(getattr(block, ours), DyRepBlock) == (f"{prefix}{released}." in self._blocks)
+            for released, ours in _NESTED.items()
+        )
+        return nested and set(block.branches) == set(branches) and internal in (None, block.internal_channels)
+
     def _add_biases(self, tensors: Mapping[str, Tensor]) -> None:
         for name in tensors:
             path, _, last = name.rpartition(".")
@@ -133,11 +140,7 @@ class Growth:
             if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
                 continue
             new = nn.utils.skip_init(nn.Conv2d, **_geometry(conv), bias=True, padding_mode=conv.padding_mode)
-            self._put(
-                path.removesuffix(_DEPLOYED).rstrip("."),
-                conv,
-                new.train(conv.training).requires_grad_(conv.weight.requires_grad),
-            )
+            self._put(path, conv, new.train(conv.training).requires_grad_(conv.weight.requires_grad))
 
     def _put(self, path: str, old: nn.Module, new: nn.Module) -> None:
         if not path:
