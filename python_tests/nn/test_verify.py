@@ -44,14 +44,17 @@ def test_the_report_has_what_can_be_computed_by_hand(model, x):
     got = list(plain(x).values())
     wanted = list(model(x).values())
     exact = list(model.double()(x.double()).values())
+    unit = torch.finfo(torch.float32).eps
     for at, output in enumerate(report.outputs):
+        # Runs may differ by a rounding: convolution libraries choose by the alignment of their operands.
+        slack = 4 * unit * output.largest
         difference = (got[at].double() - exact[at]).abs()
-        assert output.absolute == float(difference.max())
-        assert float(difference[output.index]) == output.absolute
-        assert output.largest == float(wanted[at].abs().max())
+        assert abs(output.absolute - float(difference.max())) <= slack
+        assert abs(output.absolute - float(difference[output.index])) <= slack
+        assert output.largest == pytest.approx(float(wanted[at].abs().max()), rel=4 * unit)
         assert output.relative == output.absolute / output.largest
         own = float((wanted[at].double() - exact[at]).abs().max())
-        assert output.bound == max(16 * own, 32 * torch.finfo(torch.float32).eps * output.largest)
+        assert output.bound == pytest.approx(max(16 * own, 32 * unit * output.largest), abs=16 * slack)
         assert output.within_bound
     assert report.worst_output is max(report.outputs, key=lambda output: output.relative)
 
