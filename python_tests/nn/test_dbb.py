@@ -156,6 +156,10 @@ def test_the_first_1x1_is_an_identity_unless_told_otherwise():
     assert not block.reduce.weight.any()
     assert not hasattr(DiverseBranchBlock(4, 6, identity_reduce=False).reduce, "kernel")
     assert not hasattr(DiverseBranchBlock(4, 6, internal_channels=8).reduce, "kernel")
+    with torch.device("meta"):
+        late = DiverseBranchBlock(4, 6)
+    late.to_empty(device="cpu").reduce.reset_parameters()
+    assert torch.equal(late.reduce(x), x)
     doubled = DiverseBranchBlock(4, 6, groups=2, internal_channels=8, identity_reduce=True)
     assert torch.equal(doubled.reduce(x), x[:, [0, 1, 0, 1, 2, 3, 2, 3]])
     assert set(doubled.state_dict()) == set(DiverseBranchBlock(4, 6, identity_reduce=False).state_dict())

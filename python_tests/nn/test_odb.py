@@ -144,6 +144,8 @@ def test_errors():
         block(x, torch.ones(4))
     with pytest.raises(ValueError, match="mask must have 3 entries for 1x1, 1x1_avg, kxk, got 2"):
         block(x, None, [True, True])
+    with pytest.raises(TypeError, match="mask must be bools on the host, got a tensor"):
+        block(x, None, torch.tensor([True, False, True]))
     with pytest.raises(ValueError, match="mask leaves no branch to run"):
         block(x, None, [False] * 3)
     with pytest.raises(ValueError, match=r"\[\(N,\) 4, H, W\], got \(2, 3, 5, 5\)"):
