@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from repkern.nn import branch_sum
+from repkern.nn import RepVGGBlock, branch_sum
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn.branch_sum import Branch, branch_norm_sum, norm_scale_shift
 
 ROUNDING = 1e-12  # relative to the largest value, after a few steps in float64
@@ -309,6 +310,25 @@ def test_pickles_after_use(same):
     own(x).sum().backward()
     for twin in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         same(twin.eval()(x), own.eval()(x), 0.0)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 15, 16])
+def test_strided_pointwise_maps_of_few_channels(channels, same):
+    """Where torch's own convolution writes past a buffer in its backward, with channels_last."""
+    conv = nn.Conv2d(channels, 5, 1, (2, 3), bias=False).double()
+    x = images(2, channels, 9, 7)
+    y = pointwise_map(conv, x)
+    wanted = torch.einsum("oi,nihw->nohw", conv.weight[:, :, 0, 0], x[:, :, ::2, ::3])
+    same(y, wanted, ROUNDING)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), [x, conv.weight]) for o in (y, wanted)), strict=True):
+        same(a, b, ROUNDING, "gradient")
+    assert pointwise_map(conv, x[0]).shape == y.shape[1:]
+
+
+def test_training_in_channels_last_does_not_crash():
+    stem = RepVGGBlock(3, 8, 3, 2).to(memory_format=torch.channels_last)
+    for _ in range(4):
+        stem(torch.randn(16, 3, 128, 128).contiguous(memory_format=torch.channels_last)).sum().backward()
 
 
 # --- norm_scale_shift

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repkern.nn import ConvNormAct, DiverseBranchBlock, RepBlock, RepVGGBlock
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn._surgery import replace_modules
 
 __all__ = ["plain_form"]
@@ -44,7 +45,7 @@ class PlainRepVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
-        y = self.dense_bn(self.dense(x)) + self.pointwise_bn(self.pointwise(x))
+        y = self.dense_bn(self.dense(x)) + self.pointwise_bn(pointwise_map(self.pointwise, x))
         if self.identity_bn is not None:
             y = y + self.identity_bn(x)
         return y if self.activation is None else self.activation(y)
@@ -85,7 +86,7 @@ class PlainDBB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
-        y = self.dense_bn(self.dense(x)) + self.pointwise_bn(self.pointwise(x))
+        y = self.dense_bn(self.dense(x)) + self.pointwise_bn(pointwise_map(self.pointwise, x))
         y = y + self.avg_bn(self.pool(_norm_and_pad(self.avg_inner_bn, self.avg(x), self.padding)))
         y = y + self.expand_bn(self.expand(_norm_and_pad(self.reduce_bn, self.reduce(x), self.padding)))
         return y if self.activation is None else self.activation(y)

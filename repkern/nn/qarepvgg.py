@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn.branch_sum import Branch, branch_norm_sum
 from repkern.nn.custom_l2 import norm_factor
 from repkern.nn.fold import KernelBias, add_branches, fuse_bn, pad_to
@@ -72,7 +73,7 @@ class QARepVGGBlock(NormedSumBlock):
 
     def _pointwise_map(self, x: Tensor) -> Tensor:
         assert self.pointwise is not None
-        return self.pointwise(self._centre(x))
+        return pointwise_map(self.pointwise, self._centre(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
