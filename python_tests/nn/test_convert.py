@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from repkern import OREPAConv2d, reparameterize, replace_convs
-from repkern.nn import OREPABlock, OREPADeepStem, OREPARepVGGBlock, ReplaceReport
+from repkern.nn import OREPABlock, OREPADeepStem, OREPARepVGGBlock, RepGhostModule, ReplaceReport
 from repkern.testing import assert_close
 
 ELIGIBLE = ["stem", "body.0.conv1", "body.0.conv2", "body.1.0.conv1", "body.1.0.conv2", "depthwise", "head"]
@@ -128,6 +128,18 @@ def test_any_callable_with_conv_arguments_is_a_block(net):
     model = replace_convs(net(), lambda *args, **kwargs: OREPAConv2d(*args, **kwargs, scaling="scalar"))
     assert model.stem.scaling == "scalar"
     assert model.depthwise.padding_mode == "reflect"
+
+
+@pytest.mark.parametrize(
+    ("block", "named"),
+    [(RepGhostModule, "RepGhostModule does not"), (functools.partial(OREPABlock, 3), "partial"), ("orepa", "'orepa'")],
+)
+def test_what_cannot_be_called_as_a_convolution_is_refused(net, block, named):
+    model = net()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match=f"derived from RepBlock, a functools.partial .* or take nn.Conv2d's .*{named}"):
+        replace_convs(model, block)
+    assert [type(module) for module in model.modules()] == before
 
 
 def test_a_partial_of_a_block_adds_options(net):
