@@ -127,8 +127,15 @@ struct Job {
 
   // --- the order of work ---
 
-  bool streams(int64_t maps) const {
-    return maps * in.count() * in.c * static_cast<int64_t>(sizeof(X)) >= kStreamBytes;
+  // Whether these maps, of which some may be null, are big enough and begin where streaming stores may.
+  template <class Maps>
+  bool streams(const Maps& maps) const {
+    int64_t written = 0;
+    for (const X* map : maps) {
+      if (reinterpret_cast<uintptr_t>(map) % Io<X>::kStreamAlignment != 0) return false;
+      written += map != nullptr;
+    }
+    return written * in.count() * in.c * static_cast<int64_t>(sizeof(X)) >= kStreamBytes;
   }
 
   // first(part) and second(part) over all parts of a channel, middle() in between. One thread takes a whole channel
@@ -198,7 +205,8 @@ struct Job {
   template <Known K>
   void forward(void* out) const {
     X* to = static_cast<X*>(out);
-    const bool stream = streams(1);
+    const X* maps[] = {to};
+    const bool stream = streams(maps);
     const auto middle = [&](int64_t channel) {
       finish_all_statistics(channel);
       terms.prepare(in, channel);
@@ -250,7 +258,10 @@ struct Job {
   template <Known K>
   void backward(const NormGrads& g) const {
     const X* grad = static_cast<const X*>(g.out);
-    const bool own = g.sums == nullptr, stream = streams(in.norms + (g.as_is != nullptr));
+    const bool own = g.sums == nullptr;
+    const X* maps[kMostNormBranches + 1] = {static_cast<const X*>(g.as_is)};
+    for (int b = 0; b < in.branches; ++b) maps[1 + b] = in.normed(b) ? in.grad(b) : nullptr;
+    const bool stream = streams(maps);
     prepare_all();
     const auto middle = [&](int64_t channel) { finish_backward(g, channel); };
     if (in.channels_last) {

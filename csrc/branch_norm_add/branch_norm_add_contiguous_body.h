@@ -99,8 +99,8 @@ struct Contiguous {
     to[1] = square.total() - d * d / size;
   }
 
-  Run<X, OneChannel<T>> run_of(const Terms<X>& terms, int64_t channel) const {
-    Run<X, OneChannel<T>> run;
+  Run<OneChannel<T>> run_of(const Terms<X>& terms, int64_t channel) const {
+    Run<OneChannel<T>> run;
     run.scale = OneChannel<T>(terms.rows, 0, in.branches, channel);
     run.mean = OneChannel<T>(terms.rows, in.branches, in.branches, channel);
     run.shift = OneChannel<T>(terms.rows, 2 * in.branches, 1, channel);
@@ -108,46 +108,32 @@ struct Contiguous {
   }
 
   template <Known K>
-  void forward(const Run<X, OneChannel<T>>& numbers, int64_t channel, int64_t index, X* out, bool stream) const {
+  void forward(const Run<OneChannel<T>>& run, int64_t channel, int64_t index, X* out, bool stream) const {
     const Chunk here = chunk(index);
-    Run<X, OneChannel<T>> run = numbers;
-    over_runs(channel, here, [&](int64_t at) {
-      for (int b = 0; b < in.branches; ++b) run.y[b] = in.y[b] + at;
-      Elements<X, K, OneChannel<T>>{in, run}.forward(out + at, here.length, stream);
-    });
+    over_runs(channel, here,
+              [&](int64_t at) { Elements<X, K, OneChannel<T>>{in, run, at}.forward(out, here.length, stream); });
   }
 
   template <Known K>
-  void backward(const Run<X, OneChannel<T>>& numbers, const GradRun<X, OneChannel<T>>& grads, int64_t channel,
-                int64_t index, bool stream) const {
+  void backward(const Run<OneChannel<T>>& run, const GradRun<X, OneChannel<T>>& to, int64_t channel, int64_t index,
+                bool stream) const {
     const Chunk here = chunk(index);
-    Run<X, OneChannel<T>> run = numbers;
-    GradRun<X, OneChannel<T>> to = grads;
-    over_runs(channel, here, [&](int64_t at) {
-      for (int b = 0; b < in.branches; ++b) {
-        run.y[b] = in.y[b] + at;
-        to.y[b] = grads.y[b] == nullptr ? nullptr : grads.y[b] + at;
-      }
-      to.out = grads.out + at;
-      to.as_is = grads.as_is == nullptr ? nullptr : grads.as_is + at;
-      Elements<X, K, OneChannel<T>>{in, run}.backward(to, here.length, stream);
-    });
+    over_runs(channel, here,
+              [&](int64_t at) { Elements<X, K, OneChannel<T>>{in, run, at}.backward(to, here.length, stream); });
   }
 
   // A chunk's sum of dz, and of dz (y_b - mean_b) for every branch with a norm: [1 + Bn].
   template <Known K>
-  void sums(const Run<X, OneChannel<T>>& numbers, int64_t channel, int64_t index, const X* grad, double* to) const {
+  void sums(const Run<OneChannel<T>>& run, int64_t channel, int64_t index, const X* grad, double* to) const {
     const Chunk here = chunk(index);
-    Run<X, OneChannel<T>> run = numbers;
     Reg plain[2] = {V::zero(), V::zero()}, product[kMostNormBranches][2];
     for (auto& pair : product) pair[0] = pair[1] = V::zero();
     over_runs(channel, here, [&](int64_t at) {
-      for (int b = 0; b < in.branches; ++b) run.y[b] = in.y[b] + at;
-      const Elements<X, K, OneChannel<T>> elements{in, run};
+      const Elements<X, K, OneChannel<T>> elements{in, run, at};
       int64_t j = 0;
-      for (; j + 4 * W <= here.length; j += 4 * W) sums_step<K, 4, false>(elements, grad + at, j, 0, plain, product);
-      for (; j + W <= here.length; j += W) sums_step<K, 1, false>(elements, grad + at, j, 0, plain, product);
-      if (j < here.length) sums_step<K, 1, true>(elements, grad + at, j, here.length - j, plain, product);
+      for (; j + 4 * W <= here.length; j += 4 * W) sums_step<K, 4, false>(elements, grad, j, 0, plain, product);
+      for (; j + W <= here.length; j += W) sums_step<K, 1, false>(elements, grad, j, 0, plain, product);
+      if (j < here.length) sums_step<K, 1, true>(elements, grad, j, here.length - j, plain, product);
     });
     *to++ = V::sum(V::add(plain[0], plain[1]));
     for (int b = 0; b < in.branches; ++b) {
@@ -166,7 +152,7 @@ struct Contiguous {
     for (int b = 0; b < in.branches; ++b) {
       if (!in.normed(b)) continue;
       const Reg mean = elements.run.mean.at(b, j);
-      const X* y = elements.run.y[b] + j;
+      const X* y = in.y[b] + elements.start + j;
 #pragma GCC unroll 4
       for (int u = 0; u < N; ++u) {
         const Reg centred = M::sub(E::template load<kPart>(y + u * W, left), mean);

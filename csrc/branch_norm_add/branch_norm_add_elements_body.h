@@ -29,14 +29,14 @@ struct EachChannel {
   typename Vec<T>::Reg at(int r, int64_t lane) const { return Vec<T>::load(data + r * lanes + lane); }
 };
 
-// What a run needs of every branch to make z again, and where the maps are.
-template <class X, class Numbers>
+// What makes z of the branches' maps.
+template <class Numbers>
 struct Run {
   Numbers scale, mean, shift;
-  const X* y[kMostNormBranches];
 };
 
-// What turns dz into gradients: grad_b = scale_b dz + slope_b (y_b - mean_b) + offset_b. Null: not wanted.
+// What turns dz into gradients: grad_b = scale_b dz + slope_b (y_b - mean_b) + offset_b; the whole maps. Null: not
+// wanted.
 template <class X, class Numbers>
 struct GradRun {
   Numbers slope, offset;
@@ -56,7 +56,8 @@ struct Elements {
   static constexpr int kWide = 4;  // vectors in registers at once
 
   const View<X>& in;
-  const Run<X, Numbers>& run;
+  const Run<Numbers>& run;
+  int64_t start;  // of the run, in every map
 
   // With kPart the last, incomplete vector of a run: `left` elements.
   template <bool kPart>
@@ -73,14 +74,15 @@ struct Elements {
       Io<X>::store(to, r);
     }
   }
-  static bool aligned(const X* at) { return reinterpret_cast<uintptr_t>(at) % Io<X>::kStreamAlignment == 0; }
+  // Of a map whose first element is: see Job::streams.
+  bool aligned() const { return start * static_cast<int64_t>(sizeof(X)) % Io<X>::kStreamAlignment == 0; }
 
   template <int N, bool kPart>
   void sum_branches(int64_t j, int64_t left, Reg (&z)[N]) const {
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) z[u] = run.shift.at(0, j + u * W);
     for (int b = 0; b < in.branches; ++b) {
-      const X* y = run.y[b] + j;
+      const X* y = in.y[b] + start + j;
 #pragma GCC unroll 4
       for (int u = 0; u < N; ++u) z[u] = V::fma(load<kPart>(y + u * W, left), run.scale.at(b, j + u * W), z[u]);
     }
@@ -92,7 +94,7 @@ struct Elements {
     if (K != Known::none) sum_branches<N, kPart>(j, left, z);
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) {
-      const Reg g = load<kPart>(grad + j + u * W, left);
+      const Reg g = load<kPart>(grad + start + j + u * W, left);
       dz[u] = K == Known::none ? g : A::backward(g, z[u], in.activation);
     }
   }
@@ -102,7 +104,7 @@ struct Elements {
     Reg z[N];
     sum_branches<N, kPart>(j, left, z);
 #pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) store<kPart, kStream>(out + j + u * W, A::value(z[u], in.activation), left);
+    for (int u = 0; u < N; ++u) store<kPart, kStream>(out + start + j + u * W, A::value(z[u], in.activation), left);
   }
 
   template <int N, bool kPart, bool kStream>
@@ -117,15 +119,15 @@ struct Elements {
         const int64_t at = j + u * W;
         Reg grad = V::mul(dz[u], run.scale.at(b, at));
         if (batch) {
-          const Reg centred = M::sub(load<kPart>(run.y[b] + at, left), run.mean.at(b, at));
+          const Reg centred = M::sub(load<kPart>(in.y[b] + start + at, left), run.mean.at(b, at));
           grad = V::fma(dz[u], run.scale.at(b, at), V::fma(centred, to.slope.at(b, at), to.offset.at(b, at)));
         }
-        store<kPart, kStream>(to.y[b] + at, grad, left);
+        store<kPart, kStream>(to.y[b] + start + at, grad, left);
       }
     }
     if (to.as_is == nullptr) return;
 #pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) store<kPart, kStream>(to.as_is + j + u * W, dz[u], left);
+    for (int u = 0; u < N; ++u) store<kPart, kStream>(to.as_is + start + j + u * W, dz[u], left);
   }
 
   template <bool kStream>
@@ -136,7 +138,7 @@ struct Elements {
     if (j < length) forward_step<1, true, false>(out, j, length - j);
   }
   void forward(X* out, int64_t length, bool stream) const {
-    stream&& aligned(out) ? forward_run<true>(out, length) : forward_run<false>(out, length);
+    stream&& aligned() ? forward_run<true>(out, length) : forward_run<false>(out, length);
   }
 
   template <bool kStream>
@@ -147,9 +149,7 @@ struct Elements {
     if (j < length) backward_step<1, true, false>(to, j, length - j);
   }
   void backward(const GradRun<X, Numbers>& to, int64_t length, bool stream) const {
-    stream = stream && aligned(to.as_is);
-    for (int b = 0; b < in.branches; ++b) stream = stream && aligned(to.y[b]);
-    stream ? backward_run<true>(to, length) : backward_run<false>(to, length);
+    stream&& aligned() ? backward_run<true>(to, length) : backward_run<false>(to, length);
   }
 };
 

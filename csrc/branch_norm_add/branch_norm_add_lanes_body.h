@@ -70,45 +70,28 @@ struct ChannelsLast {
     over_lanes(Statistics{in.y[b] + cut.begin(block) * in.c, cut.size(block), in.c, to, in.lanes});
   }
 
-  Run<X, EachChannel<T>> run_of(const Terms<X>& terms) const {
-    return {EachChannel<T>(terms.rows, 0),
-            EachChannel<T>(terms.rows, in.branches),
-            EachChannel<T>(terms.rows, 2 * in.branches),
-            {}};
+  Run<EachChannel<T>> run_of(const Terms<X>& terms) const {
+    return {EachChannel<T>(terms.rows, 0), EachChannel<T>(terms.rows, in.branches),
+            EachChannel<T>(terms.rows, 2 * in.branches)};
   }
 
   template <Known K>
-  void forward(const Run<X, EachChannel<T>>& numbers, int64_t block, X* out, bool stream) const {
-    Run<X, EachChannel<T>> run = numbers;
-    const int64_t begin = cut.begin(block);
-    for (int64_t r = begin; r < begin + cut.size(block); ++r) {
-      for (int b = 0; b < in.branches; ++b) run.y[b] = in.y[b] + r * in.c;
-      Elements<X, K, EachChannel<T>>{in, run}.forward(out + r * in.c, in.c, stream);
-    }
+  void forward(const Run<EachChannel<T>>& run, int64_t block, X* out, bool stream) const {
+    const int64_t begin = cut.begin(block), end = begin + cut.size(block);
+    for (int64_t r = begin; r < end; ++r) Elements<X, K, EachChannel<T>>{in, run, r * in.c}.forward(out, in.c, stream);
   }
 
   template <Known K>
-  void backward(const Run<X, EachChannel<T>>& numbers, const GradRun<X, EachChannel<T>>& grads, int64_t block,
+  void backward(const Run<EachChannel<T>>& run, const GradRun<X, EachChannel<T>>& to, int64_t block,
                 bool stream) const {
-    Run<X, EachChannel<T>> run = numbers;
-    GradRun<X, EachChannel<T>> to = grads;
-    const int64_t begin = cut.begin(block);
-    for (int64_t r = begin; r < begin + cut.size(block); ++r) {
-      const int64_t at = r * in.c;
-      for (int b = 0; b < in.branches; ++b) {
-        run.y[b] = in.y[b] + at;
-        to.y[b] = grads.y[b] == nullptr ? nullptr : grads.y[b] + at;
-      }
-      to.out = grads.out + at;
-      to.as_is = grads.as_is == nullptr ? nullptr : grads.as_is + at;
-      Elements<X, K, EachChannel<T>>{in, run}.backward(to, in.c, stream);
-    }
+    const int64_t begin = cut.begin(block), end = begin + cut.size(block);
+    for (int64_t r = begin; r < end; ++r) Elements<X, K, EachChannel<T>>{in, run, r * in.c}.backward(to, in.c, stream);
   }
 
   template <Known K>
   struct Sums {
     const View<X>& in;
-    const Run<X, EachChannel<T>>& numbers;
+    const Run<EachChannel<T>>& numbers;
     const X* grad;
     int64_t begin, rows;
     T* to;
@@ -120,20 +103,17 @@ struct ChannelsLast {
       for (int b = 0; b < in.branches; ++b) {
         for (int u = 0; u < N; ++u) product[b][u] = V::zero();
       }
-      Run<X, EachChannel<T>> here = numbers;
-      const Elements<X, K, EachChannel<T>> elements{in, here};
       for (int64_t at = begin * in.c; at < (begin + rows) * in.c; at += in.c) {
-        for (int b = 0; b < in.branches; ++b) here.y[b] = in.y[b] + at;
         Reg dz[N];
-        elements.template grad_of_sum<N, kPart>(grad + at, j, left, dz);
+        Elements<X, K, EachChannel<T>>{in, numbers, at}.template grad_of_sum<N, kPart>(grad, j, left, dz);
 #pragma GCC unroll 4
         for (int u = 0; u < N; ++u) plain[u] = V::add(plain[u], dz[u]);
         for (int b = 0; b < in.branches; ++b) {
           if (!in.normed(b)) continue;
 #pragma GCC unroll 4
           for (int u = 0; u < N; ++u) {
-            const Reg y = load<kPart>(here.y[b] + j + u * W, left);
-            product[b][u] = V::fma(dz[u], M::sub(y, here.mean.at(b, j + u * W)), product[b][u]);
+            const Reg y = load<kPart>(in.y[b] + at + j + u * W, left);
+            product[b][u] = V::fma(dz[u], M::sub(y, numbers.mean.at(b, j + u * W)), product[b][u]);
           }
         }
       }
@@ -149,7 +129,7 @@ struct ChannelsLast {
 
   // A block's sum of dz, and of dz (y_b - mean_b) for every branch with a norm: 1 + Bn rows of numbers per channel.
   template <Known K>
-  void sums(const Run<X, EachChannel<T>>& numbers, int64_t block, const X* grad, T* to) const {
+  void sums(const Run<EachChannel<T>>& numbers, int64_t block, const X* grad, T* to) const {
     over_lanes(Sums<K>{in, numbers, grad, cut.begin(block), cut.size(block), to});
   }
 };
