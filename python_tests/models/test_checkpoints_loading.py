@@ -209,3 +209,13 @@ def test_identity_based_1x1_of_an_inner_width_of_its_own(released):
     y = y + released.norm(t, released.conv(t, x, "dbb_origin.conv", 1, 1, 4), "dbb_origin.bn")
     y = y + released.norm(t, functional.avg_pool2d(x, 3, 1, 1), "dbb_avg.avgbn")
     assert_close(block(x), y, 1e-12 * float(y.abs().max()), "output")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "text.pth").write_text("hello world")
+    with pytest.raises(ValueError, match=r"text\.pth is damaged or not a checkpoint \(KeyError"):
+        load_checkpoint(tmp_path / "text.pth")
+    with pytest.raises(FileNotFoundError, match="which is a folder"):
+        load_checkpoint(str(tmp_path))
+    with pytest.raises(TypeError, match="must be a path or a dictionary, got NoneType"):
+        load_checkpoint(None)

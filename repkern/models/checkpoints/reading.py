@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -37,9 +38,12 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], *, ema: bool = False
     """
     if isinstance(source, Mapping):
         return _flat(source, "the dictionary", ema)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"a checkpoint must be a path or a dictionary, got {type(source).__name__}")
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        what = ", which is a folder" if path.is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{what}")
     return _flat(_read_file(path), str(path), ema)
 
 
@@ -67,6 +71,8 @@ def _read_file(path: Path) -> Any:
 
 def _first_line(problem: Exception) -> str:
     lines = str(problem).splitlines()
+    if isinstance(problem, KeyError):  # its text is the key alone
+        return f"{type(problem).__name__} {lines[0]}"
     return lines[0] if lines else type(problem).__name__
 
 
