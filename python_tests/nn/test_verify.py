@@ -152,6 +152,11 @@ def test_outputs_that_are_infinite_before_conversion_are_an_error(model, x):
         reparameterize(model, verify=x * 1e30)
 
 
+def test_an_example_is_a_tensor_or_a_tuple(model):
+    with pytest.raises(TypeError, match="must be a tensor or a tuple of arguments, got int"):
+        reparameterize(model, verify=64)
+
+
 def test_the_report_is_json_and_is_logged(model, x, caplog):
     report = ReparameterizeReport()
     with caplog.at_level(logging.INFO, logger="repkern"):

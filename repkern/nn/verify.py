@@ -173,6 +173,8 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
+        if not isinstance(example, Tensor | Sequence) or isinstance(example, str):
+            raise TypeError(f"the example must be a tensor or a tuple of arguments, got {type(example).__name__}")
         _raise_on_nonfinite(model)
         self.args: Sequence[Any] = (example,) if isinstance(example, Tensor) else tuple(example)
         self.outputs = _run(model, self.args)
