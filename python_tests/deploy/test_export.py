@@ -74,6 +74,11 @@ def test_a_file_runs_on_other_batch_sizes_and_the_report_says_how_far_off(model,
     assert f"batch 4, the output: {report.checks[2].worst.absolute:.3g}" in str(report)
 
 
+def test_an_example_is_a_tensor_or_a_tuple(model, tmp_path):
+    with pytest.raises(TypeError, match="must be a tensor or a tuple of arguments, got int"):
+        export(model, tmp_path / "model.onnx", 64)
+
+
 def test_an_example_of_one_image_gives_a_dynamic_batch_all_the_same(model, x, tmp_path):
     report = export(model, tmp_path / "net.pt2", x[:1])
     assert [check.batch for check in report.checks] == [2, 1, 3]

@@ -17,7 +17,7 @@ from repkern.models.files import replaced
 from repkern.models.network import Network
 from repkern.models.saving import describe
 from repkern.nn import reparameterize
-from repkern.nn.verify import Difference, Example, Reference, ReparameterizeReport
+from repkern.nn.verify import Difference, Example, Reference, ReparameterizeReport, arguments
 
 __all__ = ["FILE_SUFFIXES", "BatchCheck", "ExportReport", "export"]
 
@@ -100,7 +100,7 @@ def export(
     chosen = _format_of(path)
     if opset is not None and path.suffix != ".onnx":
         raise ValueError(f"opset (={opset}) is for .onnx files, the path is {path.name!r}")
-    args = (example,) if isinstance(example, Tensor) else tuple(example)
+    args = arguments(example)
     report = ExportReport(str(path), chosen.name, dynamic_batch)
     plain = reparameterize(model, verify=args if verify else None, report=report.conversion)
     batches = _batches(args) if dynamic_batch else [args]

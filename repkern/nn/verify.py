@@ -18,6 +18,7 @@ __all__ = [
     "Example",
     "Reference",
     "ReparameterizeReport",
+    "arguments",
     "check_in_float64",
     "check_same_function",
     "floating_tensors",
@@ -166,6 +167,15 @@ class ReparameterizeReport:
         return "\n".join(lines)
 
 
+def arguments(example: Example) -> tuple[Any, ...]:
+    """The example as the arguments of a call. TypeError for what is neither a tensor nor a sequence."""
+    if isinstance(example, Tensor):
+        return (example,)
+    if not isinstance(example, Sequence) or isinstance(example, str):
+        raise TypeError(f"the example must be a tensor or a tuple of arguments, got {type(example).__name__}")
+    return tuple(example)
+
+
 class Reference:
     """The outputs of the training form on an example, in its own precision and in float64 where it runs there.
 
@@ -173,10 +183,8 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
-        if not isinstance(example, Tensor | Sequence) or isinstance(example, str):
-            raise TypeError(f"the example must be a tensor or a tuple of arguments, got {type(example).__name__}")
+        self.args = arguments(example)
         _raise_on_nonfinite(model)
-        self.args: Sequence[Any] = (example,) if isinstance(example, Tensor) else tuple(example)
         self.outputs = _run(model, self.args)
         if not self.outputs:
             raise ValueError("the model returns no floating-point tensor to verify")
