@@ -1,12 +1,16 @@
 """Shared by the block tests."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import repkern
 from repkern.testing import assert_close
 
 
@@ -34,6 +38,36 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def check_two_processes(tmp_path):
+    """Run a script beside the tests as ranks 0 and 1, each of which must print "equal"."""
+
+    def check(script, *arguments):
+        paths = [str(Path(repkern.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+        worker = Path(__file__).with_name(script)
+        workers = [
+            subprocess.Popen(
+                [sys.executable, str(worker), str(rank), "2", str(tmp_path / "store"), *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            results = [worker.communicate(timeout=100) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+        for worker, (out, err) in zip(workers, results, strict=True):
+            assert worker.returncode == 0, err
+            assert out.strip() == "equal"
+
+    return check
 
 
 @pytest.fixture
