@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from repkern.bench.equivalence import BOUNDS
 from repkern.bench.results import read_rows
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +25,18 @@ multi-branch formulation written in torch calls, "compile" the same under `torch
 Percent of peak refers to the fastest large matrix product or convolution of torch, timed in turn with ours. That is a
 lower bound of the FMA peak, which a clock above the nominal one raises: an "ok" against it does not prove the target.
 Commits with "+" had uncommitted changes. How to measure again: benchmarks/README.md.
+"""
+BLOCKS_HEAD = """### Multi-branch blocks
+
+A training step (forward, loss, backward, SGD with momentum) of a network of our blocks; ratio to the same network with
+a torch module per convolution and norm; "recompute" is `recompute="cheap"`. Gradients were compared in float64 and
+float32 first; a DBB then pads as the published one does, and is timed as it is by default. "kept for the backward" is
+what the forward leaves allocated, "peak" the most of a step, parameters and momenta included.
+"""
+EQUIVALENCE_HEAD = """### Training form and deployed form
+
+Largest difference of the outputs of any network at full width, relative to the largest output; the bounds are 1e-10 in
+float64 and 1e-5 in float32. Norms have random statistics (`python benchmarks/equivalence.py`).
 """
 BACKENDS_HEAD = """# Backends
 
@@ -114,6 +127,50 @@ def train_section(rows: list[Row]) -> str:
     return text
 
 
+def blocks_section(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["kind"] in ("blocks", "blocks-memory")]
+    if not rows:
+        return ""
+    found = newest(rows, lambda r: (r["case"], r["device"], r["mode"], r["backend"], r["what"]))
+    lines = []
+    for key in dict.fromkeys(key[:4] for key in found):
+        step, kept, peak = (found.get((*key, what)) for what in ("step", "activations", "peak"))
+        times = [milliseconds(step["ms"]), milliseconds(step["baseline_ms"]), ratio(step)] if step else [""] * 3
+        lines.append([key[0], key[2], key[3], *times, mebibytes(kept), mebibytes(peak)])
+    head = ["case", "mode", "network", "time", "plain", "ratio", "kept for the backward", "peak"]
+    return f"{BLOCKS_HEAD}\n{table(head, lines)}"
+
+
+def equivalence_section(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["kind"] == "equivalence"]
+    if not rows:
+        return ""
+    found = newest(rows, lambda r: (r["case"], r["op"], r["dtype"]))
+    lines = []
+    for kind in dict.fromkeys(key[0] for key in found):
+        of = {dtype: [r for key, r in found.items() if key[::2] == (kind, dtype)] for dtype in ("float64", "float32")}
+        failed = sum(row["verdict"] != "ok" for rows in of.values() for row in rows)
+        lines.append([f"`{kind}`", str(len(of["float64"])), *map(largest_difference, of.values()), str(failed)])
+    head = ["block", "networks", "float64", "float32", "beyond the bound"]
+    return f"{EQUIVALENCE_HEAD}\n{table(head, lines)}"
+
+
+def largest_difference(rows: list[Row]) -> str:
+    """Of a precision, relative to the largest output, and in which network."""
+    if not rows:
+        return ""
+    worst = max(rows, key=lambda row: float(row["error_over_bound"]))
+    bound = next(value for dtype, value in BOUNDS.items() if str(dtype) == f"torch.{worst['dtype']}")
+    return f"{float(worst['error_over_bound']) * bound:.1e} ({worst['op']})"
+
+
+def mebibytes(row: Row | None) -> str:
+    """Ours, the plain network's, and their ratio."""
+    if row is None:
+        return ""
+    return f"{float(row['extra_mib']):.1f} of {float(row['limit_mib']):.1f} MiB ({float(row['ratio']):.2f})"
+
+
 def targets_section(rows: list[Row]) -> str:
     rows = [row for row in rows if row["target"]]
     found = newest(
@@ -121,8 +178,13 @@ def targets_section(rows: list[Row]) -> str:
     )
     if not found:
         return ""
-    lines = [[r["case"], r["what"], r["backend"], r["target"], measured(r), r["verdict"]] for r in found.values()]
+    lines = [[r["case"], r["what"], network(r), r["target"], measured(r), r["verdict"]] for r in found.values()]
     return f"### Targets\n\n{table(['case', 'pass', 'backend', 'target', 'measured', 'verdict'], lines)}"
+
+
+def network(row: Row) -> str:
+    """The backend, with the mode unless it is the usual one."""
+    return row["backend"] if row["mode"] == "eager" else f"{row['backend']}, {row['mode']}"
 
 
 def target_kind(row: Row) -> str:
@@ -147,7 +209,8 @@ def performance(rows: list[Row]) -> str:
         last = here[-1]
         text += f"\n## {where}\n\ntorch {torch}, triton {triton or 'absent'}, Python {python}, repkern {repkern}; "
         text += f"last row {last['date'][:10]}, commit {last['commit'] or 'unknown'}.\n\n"
-        text += "\n".join(filter(None, (targets_section(here), ops_section(here), train_section(here))))
+        sections = (targets_section, ops_section, train_section, blocks_section, equivalence_section)
+        text += "\n".join(filter(None, (section(here) for section in sections)))
     if not any(row["device"] == "cuda" for row in rows):
         text += "\n## GPU\n\nNo figures yet: not yet run on a GPU.\n"
     return text

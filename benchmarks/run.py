@@ -14,7 +14,7 @@ RESULTS = HERE / "results"
 
 def commands(device: str, quick: bool) -> list[list[str]]:
     common = ["--device", device, "--output", str(RESULTS)] + (["--quick"] if quick else [])
-    answer = [["ops", *common], ["train", *common]]
+    answer = [["ops", *common], ["train", *common], ["blocks", *common], ["blocks", *common, "--channels-last"]]
     if device == "cuda":
         answer.insert(1, ["ops", *common, "--cuda-graph", "--baseline", "eager"])
     return answer

@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 namespace repkern {
 
+void register_branch_norm_add(py::module_& m);
 void register_compose_sequential(py::module_& m);
 void register_orepa_squeeze(py::module_& m);
 void register_winograd_conv2d(py::module_& m);
@@ -54,6 +55,7 @@ PYBIND11_MODULE(REPKERN_MODULE_NAME, m) {
   m.doc() = "Native kernels of repkern. Private: use repkern.ops.";
   m.def("build_info", &repkern::build_info);
   m.def("set_isa", &repkern::set_isa_by_name, py::arg("name"));
+  repkern::register_branch_norm_add(m);
   repkern::register_compose_sequential(m);
   repkern::register_orepa_squeeze(m);
   repkern::register_winograd_conv2d(m);

@@ -19,8 +19,8 @@ struct NormBranch {
   const void* y;       // [N, C, H, W]
   const void* weight;  // [C], parameters' dtype; null when mode is as_is
   const void* bias;    // [C], likewise
-  void* mean;          // [C]; mode batch: S, written by forward and statistics, else read; given: parameters' dtype, read
-  void* var;           // [C], biased; likewise
+  void* mean;  // [C]; mode batch: S, written by forward and statistics, else read; given: parameters' dtype, read
+  void* var;   // [C], biased; likewise
   double eps;
   void* grad;  // [N, C, H, W], written by the backward passes; null in the others and when mode is as_is
 };
@@ -51,15 +51,15 @@ struct NormGrads {
 //   z = fma(y_B, scale_B, ... fma(y_1, scale_1, shift)) in S, branches in order (mode as_is: z + y_b);
 //   out = activation(z), rounded to X.
 // Batch statistics are those written to mean and var, i.e. rounded to S. They are centred (no E[y^2] - E[y]^2), and
-// so are the sums of the backward (y - mean before the product with dz). No chain of additions in S is longer than 1024;
-// what is merged beyond that is in double. bounds.py relies on this paragraph.
-// `workspace`: the bytes the matching *_workspace function names, 64-byte aligned.
+// so are the sums of the backward (y - mean before the product with dz). No chain of additions in S is longer than
+// 1024; what is merged beyond that is in double. bounds.py relies on this paragraph. `workspace`: the bytes the
+// matching *_workspace function names, 64-byte aligned.
 size_t branch_norm_add_forward_cpu_workspace(const NormParams& p, int threads);
 Status branch_norm_add_forward_cpu(const NormParams& p, void* out, void* workspace, int threads);
 
-// dz = grad * activation'(z). Mode batch: grad_b = scale_b (dz - s_0 / count - xhat_b s_b / count), where s are the sums
-// below and xhat_b = (y_b - mean_b) / sqrt(var_b + eps); mode given: scale_b dz; mode as_is: dz.
-// grads.weight[b] = s_b, grads.bias = s_0, of `grads.sums` where given.
+// dz = grad * activation'(z). Mode batch: grad_b = scale_b (dz - s_0 / count - xhat_b s_b / count), where s are the
+// sums below and xhat_b = (y_b - mean_b) / sqrt(var_b + eps); mode given: scale_b dz; mode as_is: dz. grads.weight[b] =
+// s_b, grads.bias = s_0, of `grads.sums` where given.
 size_t branch_norm_add_backward_cpu_workspace(const NormParams& p, int threads);
 Status branch_norm_add_backward_cpu(const NormParams& p, const NormGrads& grads, void* workspace, int threads);
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ double inverse_deviation(const NormParams& p, const N
 // A position's maps, read once, and dz.
 template <class K, int kBranches>
 struct Reading {
-  typename K::Values y[kBranches];
+  typename K::Values y[kBranches] = {};
   typename K::A dz[K::kVector];
 
   __device__ __forceinline__ void load(const BackwardJob& job, const Walk<K>& walk, int64_t at, unsigned wanted,
@@ -237,9 +237,9 @@ Status start(const BackwardJob& job, const Plan& plan, int vector, void* stream)
   });
 }
 
-Status merge(const BackwardJob& job, void* stream) {
-  const dim3 blocks(static_cast<unsigned>(divide_up(job.p.c, 32)), 1 + job.norms), threads(32, kMergeRows);
-  const size_t shared = 32 * kMergeRows * wide_size(job.p.dtype);
+Status merge(const BackwardJob& job, const Plan& plan, void* stream) {
+  const dim3 blocks = merge_blocks(job.p, 1 + job.norms), threads = merge_threads(plan);
+  const size_t shared = threads.x * threads.y * wide_size(job.p.dtype);
   if (job.p.dtype == DType::f64) return RK_LAUNCH(norm_merge_sums<double>, blocks, threads, shared, stream, job);
   return RK_LAUNCH(norm_merge_sums<float>, blocks, threads, shared, stream, job);
 }
@@ -271,7 +271,7 @@ Status run(const NormParams& p, const NormGrads& grads, void* sums, void* parts,
   job.parts = parts;
   job.phases = kSums;
   if (Status problem = start(job, plan, vector, stream)) return problem;
-  if (Status problem = merge(job, stream)) return problem;
+  if (Status problem = merge(job, plan, stream)) return problem;
   if ((wanted & kGradients) == 0) return nullptr;
   job.parts = nullptr;
   job.phases = kGradients;

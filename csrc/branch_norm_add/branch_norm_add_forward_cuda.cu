@@ -167,11 +167,12 @@ Status start(const ForwardJob& job, const Plan& plan, int vector, unsigned depth
   });
 }
 
-Status merge(const ForwardJob& job, unsigned batch_norms, void* stream) {
-  const dim3 blocks(static_cast<unsigned>(divide_up(job.p.c, 32)), batch_norms), threads(32, kMergeRows);
-  const size_t shared = 32 * kMergeRows * 3 * wide_size(job.p.dtype);
+Status merge(const ForwardJob& job, const Plan& plan, int batch_norms, void* stream) {
+  const dim3 threads = merge_threads(plan);
+  const size_t shared = threads.x * threads.y * 3 * wide_size(job.p.dtype);
   return with_element(job.p.dtype, [&](auto element) -> Status {
-    return RK_LAUNCH(norm_merge_moments<decltype(element)>, blocks, threads, shared, stream, job);
+    return RK_LAUNCH(norm_merge_moments<decltype(element)>, merge_blocks(job.p, batch_norms), threads, shared, stream,
+                     job);
   });
 }
 
@@ -188,7 +189,7 @@ Status run(const NormParams& p, void* out, void* workspace, int wanted, void* st
   job.parts = workspace;
   job.phases = kStatistics;
   if (Status problem = start(job, plan, vector, batch_norms, stream)) return problem;
-  if (Status problem = merge(job, batch_norms, stream)) return problem;
+  if (Status problem = merge(job, plan, batch_norms, stream)) return problem;
   if ((phases & kSum) == 0) return nullptr;
   job.phases = kSum;
   return start(job, plan, vector, 1, stream);

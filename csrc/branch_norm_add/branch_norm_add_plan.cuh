@@ -12,7 +12,8 @@ namespace norm {
 constexpr int64_t kWantedBlocks = 1024, kEnoughBlocks = 128;
 constexpr int64_t kShortWalk = 8, kLongWalk = 32;  // vectors of a map a thread walks over
 constexpr int64_t kMostSplits = 65535;
-constexpr int kMostWidth = 128;  // channels of a block
+constexpr int64_t kLongestChain = 512;  // values a thread adds up one after the other
+constexpr int kMostWidth = 128;         // channels of a block
 
 struct Plan {
   Grid grid;
@@ -44,8 +45,9 @@ inline Plan plan_with(const NormParams& p, int vector, int64_t lanes) {
   const int64_t walk = divide_up(positions, threads / lanes);
   int64_t splits = 1;
   if (walk > kLongWalk || (walk > kShortWalk && columns < kEnoughBlocks)) {
-    splits = std::max(divide_up(kWantedBlocks, columns), divide_up(walk, kLongWalk));
-    splits = std::min({splits, divide_up(walk, kShortWalk / 2), kMostSplits});
+    const int64_t chain = rows ? walk : walk * vector;
+    splits = std::min(divide_up(kWantedBlocks, columns), divide_up(walk, kShortWalk / 2));
+    splits = std::min(std::max(splits, divide_up(chain, kLongestChain)), kMostSplits);
   }
   Plan plan{};
   plan.grid.channels = p.c;
@@ -70,6 +72,14 @@ inline Plan make_plan(const NormParams& p, int vector) {
   // Full lines of 128 bytes while one block can have all rows, else longer pieces of fewer rows.
   const Plan narrow = plan_with(p, vector, lanes(128));
   return narrow.alone() ? narrow : plan_with(p, vector, lanes(512));
+}
+
+// Blocks that merge the splits' parts of `values` numbers a channel.
+inline dim3 merge_blocks(const NormParams& p, int values) {
+  return dim3(static_cast<unsigned>(divide_up(p.c, 32)), static_cast<unsigned>(values));
+}
+inline dim3 merge_threads(const Plan& plan) {
+  return dim3(32, static_cast<unsigned>(std::min<int64_t>(kMergeRows, power_of_two_from(plan.grid.splits))));
 }
 
 inline Status check_sizes(const NormParams& p) {

@@ -157,20 +157,26 @@ __device__ void block_sums(const Walk<K>& walk, typename K::A (&own)[kMost][K::k
   __syncthreads();
 }
 
-// The parts of all splits -> the whole. A block (32, kMergeRows) has 32 channels of the blockIdx.y-th value.
-constexpr int kMergeRows = 8;
+// The parts of all splits -> the whole. A block (32, rows) has 32 channels of the blockIdx.y-th value; rows: a power of
+// two, at most kMergeRows.
+constexpr int kMergeRows = 32;
 
 // from(split) -> a part of this thread's channel; together(total, part) adds one. The whole, in the threads of row 0.
 template <class Part, class From, class Together>
 __device__ __forceinline__ Part merge_splits(int splits, bool there, Part* shared, From from, Together together) {
   Part total{};
   if (there) {
-    for (int split = threadIdx.y; split < splits; split += kMergeRows) together(total, from(split));
+#pragma unroll 4
+    for (int split = threadIdx.y; split < splits; split += blockDim.y) together(total, from(split));
   }
-  shared[threadIdx.y * 32 + threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y == 0) {
-    for (int row = 1; row < kMergeRows; ++row) together(total, shared[row * 32 + threadIdx.x]);
+  Part* own = shared + threadIdx.y * 32 + threadIdx.x;
+  *own = total;
+  for (unsigned rows = blockDim.y / 2; rows > 0; rows /= 2) {
+    __syncthreads();
+    if (threadIdx.y < rows) {
+      together(total, own[rows * 32]);
+      *own = total;
+    }
   }
   return total;
 }

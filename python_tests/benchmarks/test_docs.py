@@ -27,6 +27,18 @@ OPS_ROW = Row(
     kind="ops", op="orepa_squeeze", case="c256", what="forward+backward", dtype="float32", device="cpu", mode="eager",
     backend="cpu", ms_p20=1.9, ms=2.0, ms_p80=2.1, pairs=3,
 )  # fmt: skip
+BLOCKS_ROWS = (
+    dataclasses.replace(
+        OPS_ROW, op="train_step", kind="blocks", case="repvgg", what="step", mode="channels_last",
+        backend="repvgg recompute/auto", baseline="plain", baseline_ms=2.5, ratio_p20=0.7, ratio=0.8, ratio_p80=0.9,
+        target="<= 1.05 x plain", verdict="ok",
+    ),
+    dataclasses.replace(
+        OPS_ROW, op="train_step", kind="blocks-memory", case="repvgg", what="activations", mode="channels_last",
+        backend="repvgg recompute/auto", baseline="plain", ms=None, ratio=0.66, extra_mib=66.0, limit_mib=100.0,
+        target="<= 0.75 x plain", verdict="ok",
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -52,6 +64,7 @@ def stored(tmp_path):
         dataclasses.replace(
             OPS_ROW, op="train_step", kind="memory", what="peak", ms=None, extra_mib=1.5, limit_mib=2.0
         ),
+        *BLOCKS_ROWS,
     ):
         results.append_row(path, env, row)
     return tmp_path
@@ -86,6 +99,14 @@ def test_the_newest_row_of_a_comparison_is_shown(stored):
     assert "| c256 | forward+backward | cpu | >= 60 % of peak | 100.0 % | ok |" in text
     assert "| 1.5 MiB |" in text
     assert "matmul 4096" in text
+
+
+def test_blocks_have_one_line_for_time_and_memory(stored):
+    text = make_docs.documents(stored)["performance.md"]
+    figures = "2 ms | 2.5 ms | 0.80 (0.70–0.90) | 66.0 of 100.0 MiB (0.66) |  |"
+    assert f"| repvgg | channels_last | repvgg recompute/auto | {figures}" in text
+    assert "| repvgg | activations | repvgg recompute/auto, channels_last | <= 0.75 x plain | 0.66 | ok |" in text
+    assert text.count("| repvgg | step |") == 1
 
 
 def test_nothing_is_claimed_for_a_gpu_that_no_row_is_from(stored):

@@ -24,6 +24,8 @@ depthwise  orepa_squeeze       6,6,5,6
 one        orepa_squeeze       8,4,1,1
 many       orepa_squeeze_many  8,4,3,1*2 5,3,1,1
 stem       compose_sequential  8,4,5,2 6,8,3,2
+norms      branch_norm_add     2,3,5,4*3
+last       branch_norm_add     2,5,3,4*2 channels_last
 """
 QUICK = {"pairs": 3, "min_sample_seconds": 1e-4, "quick": True}
 
@@ -190,7 +192,17 @@ def test_wrong_use_is_exit_code_2(words, message):
 
 
 @pytest.mark.parametrize(
-    "line", ["c64 unknown_op 1,1,3,1", "c64 orepa_squeeze 64,64,3", "c64 orepa_squeeze 64,64,2,1", "c64 orepa_squeeze"]
+    "line",
+    [
+        "c64 unknown_op 1,1,3,1",
+        "c64 orepa_squeeze 64,64,3",
+        "c64 orepa_squeeze 64,64,2,1",
+        "c64 orepa_squeeze",
+        "bn branch_norm_add 2,3,4",
+        "bn branch_norm_add 1,3,1,1*2",
+        "bn branch_norm_add 2,3,4,4*17",
+        "bn branch_norm_add 2,3,4,4 last",
+    ],
 )
 def test_bad_shapes_name_the_line(line):
     with pytest.raises(ValueError, match=r"shapes\.txt, line 2"):

@@ -70,7 +70,7 @@ def _readable(symbol: str) -> str:
         symbol = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
     symbol = symbol.replace("(anonymous namespace)::", "").removeprefix("void ")
     symbol = re.sub(r"\(repkern::.*", "", symbol)
-    return re.sub(r"repkern::|squeeze::|winograd::", "", symbol).replace(" >", ">")
+    return re.sub(r"repkern::|squeeze::|norm::|winograd::", "", symbol).replace(" >", ">")
 
 
 def read_budget() -> dict[tuple[str, str], int]:

@@ -1,6 +1,7 @@
 """The released implementations' numbers (float64), as the parameter `golden_case` and the fixture `golden`."""
 
 import copy
+import importlib.util
 import os
 from pathlib import Path
 
@@ -124,6 +125,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def released():
+    """released.py: networks by their released names, and what they compute."""
+    spec = importlib.util.spec_from_file_location("released", Path(__file__).with_name("released.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -62,8 +62,12 @@ def test_every_mismatch_is_listed_and_the_model_untouched():
 
 
 def test_a_train_form_file_for_a_deployed_model_is_refused():
-    with pytest.raises(ValueError, match=r"missing: 0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"in training form in the checkpoint and deployed here[^$]*missing: 0\.weight"
+    ):
         load_checkpoint(net().state_dict(), reparameterize_quietly(net()))
+    with pytest.raises(ValueError, match=r"deployed in the checkpoint and in training form here[^$]*missing: 0\.conv"):
+        load_checkpoint(reparameterize_quietly(net()).state_dict(), net())
 
 
 def reparameterize_quietly(model):
@@ -98,7 +102,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def test_no_code_in_a_file_runs(tmp_path, capsys):
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="run code"):
+    with pytest.raises(ValueError, match=r"run code \(a print\)"):
         load_checkpoint(tmp_path / "evil.pth")
     assert "this ran" not in capsys.readouterr().out
 
@@ -118,6 +122,25 @@ def test_layout_names():
 def test_an_incomplete_released_block_is_named():
     with pytest.raises(ValueError, match=r"block stage1\.0: 'weight_orepa_.*' is absent"):
         load_checkpoint({"stage1.0.weight_orepa_origin": torch.zeros(4, 4, 3, 3)}, layout="orepa")
+
+
+def test_a_released_block_of_impossible_shapes_is_named():
+    block = OREPABlock(4, 4, 3)
+    names = {"avg_conv": (4, 4, 1, 1), "pfir_conv": (4, 4, 1, 1), "1x1": (4, 4, 1, 1), "1x1_kxk_idconv1": (4, 4, 1, 1)}
+    names |= {
+        "origin": (4, 4, 3, 3),
+        "1x1_kxk_conv2": (4, 4, 3, 3),
+        "gconv_dw": (32, 1, 3, 3),
+        "gconv_pw": (4, 32, 1, 1),
+    }
+    state = {f"weight_orepa_{name}": torch.zeros(shape) for name, shape in names.items()}
+    state |= {"vector": torch.ones(6, 4), "weight_orepa_avg_avg": torch.ones(3, 3), "id_tensor": torch.eye(7)}
+    state |= {"weight_orepa_prior": torch.ones(4, 3, 3)}
+    with pytest.raises(ValueError, match=r"block stage1\.0: its tensors do not fit"):
+        load_checkpoint({f"stage1.0.{name}": tensor for name, tensor in state.items()}, block)
+    state["id_tensor"], state["weight_orepa_avg_avg"] = torch.eye(4), torch.arange(9.0).view(3, 3)
+    with pytest.raises(ValueError, match=r"block \(root\): .* must be constant"):
+        load_checkpoint(state, block)
 
 
 def test_a_deep_stem_in_float32_keeps_the_default_prior_filters():

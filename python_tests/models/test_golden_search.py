@@ -1,13 +1,11 @@
-"""What the released searches compute with blocks: RepVGG's custom L2, DyRep's growing and cutting, RepNAS's gates."""
+"""What the released searches compute with blocks: DyRep's growing and cutting, RepNAS's gates."""
 
 import pytest
 import torch
-from torch.func import functional_call
 
 from repkern import load_checkpoint
 from repkern.nn.dyrep import DyRepBlock
 from repkern.nn.odb import ODBBlock
-from repkern.nn.repvgg import RepVGGBlock
 from repkern.nn.seven_branches import SEVEN_BRANCHES
 from repkern.testing import assert_close
 
@@ -15,33 +13,6 @@ FLOAT64 = {"dtype": torch.float64}
 AVERAGE_TOLERANCE = 1e-7  # the released conversion makes its average kernel in float32
 # The released candidates in their order; all but these, the identity, have a gate.
 REPNAS_ORDER = ("1x1", "1x1_avg", "kxk", "1x1_kxk", "1xk", "kx1")
-
-
-class CustomL2(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block = RepVGGBlock(16, 16, **FLOAT64)
-
-    def forward(self):
-        return self.block.custom_l2()
-
-
-def test_custom_l2(golden):
-    expected, fixture = golden.read("repvgg", "custom_L2_s1_16_16"), golden.read("repvgg", "s1_16_16_identity")
-    released = {name: t.clone() for name, t in fixture["state_dict"].items()}
-    learned = list(expected["grad_of_params"])
-    for name in learned:
-        released[name].requires_grad_()
-    ours = {f"block.{name}": t for name, t in golden.converted(released).items()}
-    value = functional_call(CustomL2(), ours, (), strict=True)
-    golden.check(value, torch.tensor(expected["value"], dtype=torch.float64), "custom L2")
-    gradients = torch.autograd.grad(value, [released[name] for name in learned], allow_unused=True)
-    for name, gradient in zip(learned, gradients, strict=True):
-        wanted = expected["grad_of_params"][name]
-        if wanted is None:
-            assert gradient is None, name
-        else:
-            golden.check(gradient, wanted, f"gradient of {name}")
 
 
 # --- DyRep: a convolution grows into a block, and part of the block is cut

@@ -75,6 +75,12 @@ def test_an_empty_folder_is_an_error(tmp_path):
         Network.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_path_without_a_folder_is_an_error_before_the_hub_is_asked(tmp_path, kind):
+    with pytest.raises(FileNotFoundError, match=r"no folder at .*absent"):
+        Network.from_pretrained(kind(tmp_path / "absent"))
+
+
 def test_the_card_says_what_is_known_and_a_written_one_stays(model, tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()

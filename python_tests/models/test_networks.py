@@ -13,9 +13,9 @@ NARROW = 0.125
 SIZE = 32
 EXACT = 1e-10  # float64, relative to the largest output
 SINGLE = 1e-5
-# One network of each family, with every kind of block.
-FAMILIES = ("repvgg_a0", "repopt_vgg_b1_se", "resnet18", "resnet50", "resnext50_32x4d", "vgg16_cifar",
-            "mobilenet_v1", "mobileone_s4", "repghostnet_050")  # fmt: skip
+# Dense, after-ReLU squeeze-excite, basic units, grouped bottlenecks, depthwise, squeeze-excite, RepGhost's wiring.
+FAMILIES = ("repvgg_a0", "repopt_vgg_b1_se", "resnet18", "resnext50_32x4d", "mobilenet_v1", "mobileone_s4",
+            "repghostnet_050")  # fmt: skip
 
 
 @functools.cache
@@ -127,3 +127,23 @@ def test_train_mode_warns():
     model = randomized(make("repvgg_a0")).train()
     with pytest.warns(UserWarning, match="train mode"):
         repkern.reparameterize(model)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "repghostnet_050", "vgg16_cifar"])
+def test_deployed_networks_trace_and_export(name):
+    """torch.fx (quantization, graph surgery) and torch.export with any batch size."""
+    model = make(name, "plain").eval()
+    x = torch.randn(2, 3, SIZE, SIZE)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    with torch.no_grad():
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+        more = torch.randn(3, 3, SIZE, SIZE)
+        assert torch.equal(exported(more), model(more))
+
+
+def test_training_compiles_to_one_graph():
+    model = make("repvgg_a0", features_only=True, out_indices=(1,)).train()
+    x = torch.randn(2, 3, SIZE, SIZE)
+    (expected,) = model(x)
+    (got,) = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, expected)

@@ -15,7 +15,7 @@ import repkern
 from repkern.models import create_model, load, save
 from repkern.models.files import replaced
 from repkern.models.saving import describe, read_description
-from repkern.nn import OREPABlock, RepBlock
+from repkern.nn import DyRepBlock, OREPABlock, RepBlock
 
 
 def small(name="repvgg_a0", **options):
@@ -114,6 +114,22 @@ def test_a_partly_converted_model_keeps_its_form(tmp_path):
     save(model, tmp_path / "model.pth")
     assert set(describe(model)["changes"]) == {"stages.0.1", "stages.1.1.identity_bn"}
     assert_same(model, load(tmp_path / "model.pth"))
+
+
+def test_dyrep_blocks_that_grew_nested_and_were_cut_come_back(tmp_path):
+    model = small(block="dyrep", block_options={"branches": ["kxk", "1x1"]})
+    model.stages[0][1].add_branches(["1x1_avg", "id"])
+    model.stages[1][1].remove_branches(["1x1"])
+    nested = model.stages[1][2]
+    nested.dense = DyRepBlock.grow(nested.dense, branches=["kxk", "1x1_kxk"])
+    model.stages[2][0] = model.stages[2][0].fuse()
+    model.eval()
+    save(model, tmp_path / "model.safetensors")
+    back = load(tmp_path / "model.safetensors")
+    assert back.stages[0][1].branches == ("1x1", "1x1_avg", "kxk", "id")
+    assert back.stages[1][1].branches == ("kxk",)
+    assert back.stages[1][2].dense.branches == ("1x1_kxk", "kxk")
+    assert_same(model, back)
 
 
 def test_synchronized_norms_are_written_as_norms(tmp_path):

@@ -1,11 +1,16 @@
 """Shared by the block tests."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import repkern
 from repkern.testing import assert_close
 
 
@@ -36,6 +41,36 @@ def _one_thread():
 
 
 @pytest.fixture
+def check_two_processes(tmp_path):
+    """Run a script beside the tests as ranks 0 and 1, each of which must print "equal"."""
+
+    def check(script, *arguments):
+        paths = [str(Path(repkern.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+        worker = Path(__file__).with_name(script)
+        workers = [
+            subprocess.Popen(
+                [sys.executable, str(worker), str(rank), "2", str(tmp_path / "store"), *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            results = [worker.communicate(timeout=100) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+        for worker, (out, err) in zip(workers, results, strict=True):
+            assert worker.returncode == 0, err
+            assert out.strip() == "equal"
+
+    return check
+
+
+@pytest.fixture
 def randomize():
     return randomized
 
@@ -57,3 +92,58 @@ def same():
         assert_close(actual, expected, relative * float(expected.detach().abs().max()), what)
 
     return check
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, groups=2)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    """Registration order is not calling order, a block is used twice, and one convolution has no norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+        self.stem = nn.Conv2d(3, 6, 7, 2, 3)
+        self.body = nn.Sequential(Residual(6), nn.Sequential(Residual(6)))
+        self.again = self.body[0]
+        self.even = nn.Conv2d(6, 6, 2)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6, padding_mode="reflect", padding=1)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = self.again(self.body(torch.relu(self.norm(self.stem(x)))))
+        return self.head(torch.relu(self.depthwise(self.even(x)))).mean((2, 3))
+
+
+def trained_net(model):
+    """Statistics that a few batches leave behind; in eval mode."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 16, 16, dtype=next(model.parameters()).dtype))
+    return model.eval()
+
+
+@pytest.fixture
+def net():
+    """The class of a small network."""
+    return Net
+
+
+@pytest.fixture
+def trained():
+    return trained_net
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 16, 16)

@@ -5,6 +5,7 @@ import sys
 import torch
 from torch import distributed, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from repkern.nn.branch_sum import Branch, branch_norm_sum, norm_scale_shift
 
@@ -75,6 +76,22 @@ def check(parts, size, recompute):
             close(name, a, b)
 
 
+def check_data_parallel(recompute):
+    """DistributedDataParallel averages the gradients of ordinary norms, whether maps are made again or not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Block(nn.BatchNorm2d, recompute), Block(nn.BatchNorm2d, recompute)).double()
+    alone = nn.Sequential(Block(nn.BatchNorm2d, "none"), Block(nn.BatchNorm2d, "none")).double()
+    alone.load_state_dict(net.state_dict())
+    parallel = DistributedDataParallel(net, bucket_cap_mb=1e-4)
+    for _ in range(STEPS):
+        part = torch.randn(4, CHANNELS, 5, 5, dtype=torch.float64).chunk(world)[rank]
+        for model in (parallel, alone):
+            model.zero_grad()
+            model(part).square().mean().backward()
+        for (name, p), q in zip(net.named_parameters(), alone.parameters(), strict=True):
+            close(f"averaged {name}", p.grad, all_reduced(q.grad) / world)
+
+
 def close(what, actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"{what}: {m}")
 
@@ -84,5 +101,7 @@ distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank,
 for parts, size in SPLITS:
     for recompute in ("none", "cheap"):
         check(parts, size, recompute)
+for recompute in ("none", "cheap"):
+    check_data_parallel(recompute)
 distributed.destroy_process_group()
 print("equal")

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from repkern.nn import RepVGGBlock, branch_sum
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn.branch_sum import Branch, branch_norm_sum, norm_scale_shift
 
 ROUNDING = 1e-12  # relative to the largest value, after a few steps in float64
@@ -140,8 +142,10 @@ def test_frozen_parameters_and_inputs_get_no_gradient(same):
     same(own.dense.weight.grad, plain.dense.weight.grad, 1e-10, "weight gradient of a constant input")
 
 
+@pytest.mark.parametrize("small", [0, 1 << 18])
 @pytest.mark.parametrize("training", [True, False])
-def test_without_gradients(training, same):
+def test_without_gradients(training, small, same, monkeypatch):
+    monkeypatch.setattr(branch_sum, "_WORTH_A_CALL", small)
     own, plain = pair([nn.BatchNorm2d(CHANNELS) for _ in range(3)], nn.ReLU())
     own.train(training)
     plain.train(training)
@@ -199,6 +203,24 @@ def test_a_norm_of_ones_own_is_called(same):
 
     own, plain = pair([Doubled(CHANNELS), nn.BatchNorm2d(CHANNELS), None], nn.ReLU())
     check_steps(own, plain, same, steps=2)
+
+
+@pytest.mark.parametrize("kind", ["batch", "frozen", "plain", "none", "no bias"])
+def test_a_gain_multiplies_a_whole_term(kind, same):
+    norm = nn.BatchNorm2d(CHANNELS) if kind == "no bias" else NORMS[kind]()
+    if kind == "no bias":
+        norm.bias = None
+    own = Sum([norm, nn.BatchNorm2d(CHANNELS), None]).double()
+    gain = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = images()
+    branches = [Branch(norm, own.dense, gain=gain), Branch(own.norms[1], own.pointwise)]
+    out = branch_norm_sum(x, branches, nn.ReLU())
+    y = own.dense(x)
+    wanted = torch.relu(gain * (y if norm is None else norm(y)) + own.norms[1](own.pointwise(x)))
+    same(out, wanted, ROUNDING)
+    leaves = [x, gain, own.dense.weight, own.norms[1].weight]
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (out, wanted)), strict=True):
+        same(a, b, 1e-11, "gradient")
 
 
 def test_one_norm_in_two_branches(same):
@@ -288,6 +310,25 @@ def test_pickles_after_use(same):
     own(x).sum().backward()
     for twin in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         same(twin.eval()(x), own.eval()(x), 0.0)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 15, 16])
+def test_strided_pointwise_maps_of_few_channels(channels, same):
+    """Where torch's own convolution writes past a buffer in its backward, with channels_last."""
+    conv = nn.Conv2d(channels, 5, 1, (2, 3), bias=False).double()
+    x = images(2, channels, 9, 7)
+    y = pointwise_map(conv, x)
+    wanted = torch.einsum("oi,nihw->nohw", conv.weight[:, :, 0, 0], x[:, :, ::2, ::3])
+    same(y, wanted, ROUNDING)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), [x, conv.weight]) for o in (y, wanted)), strict=True):
+        same(a, b, ROUNDING, "gradient")
+    assert pointwise_map(conv, x[0]).shape == y.shape[1:]
+
+
+def test_training_in_channels_last_does_not_crash():
+    stem = RepVGGBlock(3, 8, 3, 2).to(memory_format=torch.channels_last)
+    for _ in range(4):
+        stem(torch.randn(16, 3, 128, 128).contiguous(memory_format=torch.channels_last)).sum().backward()
 
 
 # --- norm_scale_shift

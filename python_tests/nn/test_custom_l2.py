@@ -41,10 +41,11 @@ def test_without_a_1x1_branch_it_is_the_ordinary_one(randomize, same):
     same(block.custom_l2(), block.dense.weight.square().sum(), 1e-12)
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("identity", [None, True, False])
-def test_of_qarepvgg_is_that_of_the_kernel_before_the_last_norm(identity, randomize, same):
-    block = randomize(QARepVGGBlock(4, 4, 3, groups=2, **F64))
-    bare = QARepVGGBlock(4, 4, 3, groups=2, **F64)
+def test_of_qarepvgg_is_that_of_the_kernel_before_the_last_norm(identity, average, randomize, same):
+    block = randomize(QARepVGGBlock(4, 4, 3, groups=2, average=average, **F64))
+    bare = QARepVGGBlock(4, 4, 3, groups=2, average=average, **F64)
     bare.load_state_dict(block.state_dict())
     bare.post_bn = nn.BatchNorm2d(4, eps=0, affine=False, **F64)
     if identity is False:

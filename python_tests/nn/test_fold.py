@@ -123,3 +123,13 @@ def test_depthwise_to_dense_says_what_does_not_fit():
         fold.depthwise_to_dense(kernel(6, 2, 3, 3), 6)
     with pytest.raises(ValueError, match=r"in_channels \(=6\) must be divisible by groups \(=4\)"):
         fold.depthwise_to_dense(kernel(6, 1, 3, 3), 6, 4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_response_to_constant(groups, memory_format, same):
+    weight = torch.randn(6, 6 // groups, 3, 5, dtype=torch.float64).contiguous(memory_format=memory_format)
+    value = torch.randn(6, dtype=torch.float64)
+    image = value[None, :, None, None].expand(1, 6, 3, 5)
+    expected = torch.nn.functional.conv2d(image, weight, groups=groups).flatten()
+    same(fold.response_to_constant(weight, value, groups=groups), expected, 1e-14, "response")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from repkern.nn import OREPABlock, OREPAConv2d, OREPADeepStem, OREPARepVGGBlock
+from repkern.testing import assert_close
 
 BLOCKS = (OREPAConv2d, OREPABlock, OREPADeepStem, OREPARepVGGBlock)
 
@@ -258,7 +259,10 @@ def test_exports_fused_and_unfused(kind, randomize):
     block, x = randomize(kind(4, 6, 5)).eval(), images()
     for module in (block, block.fuse()):
         program = torch.export.export(module, (x,))
-        assert torch.equal(program.module()(x), module(x))
+        expected = module(x)
+        # An exported program computes norms and sums with torch's own operators, which round elsewhere.
+        bound = 16 * torch.finfo(torch.float32).eps * largest(expected)
+        assert_close(program.module()(x), expected, bound, "exported")
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from repkern.nn import branch_sum
 from repkern.nn import recompute as recompute_module
 from repkern.nn.branch_sum import Branch, branch_norm_sum, norm_scale_shift
 
@@ -143,6 +144,7 @@ def test_frozen_statistics_of_the_forward_are_used_again():
     steps(nets, count=1, before_backward=train)
 
 
+@pytest.mark.unguarded  # the guards keep every output until the test ends
 @pytest.mark.parametrize("training", [True, False])
 def test_cheap_maps_do_not_live_until_the_backward(training):
     def alive(net):
@@ -267,7 +269,9 @@ def test_hooks_of_parameters_and_modules_run_once():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_inside_checkpointing_that_decides(reentrant):
+def test_inside_checkpointing_that_decides(reentrant, monkeypatch):
+    # Reentrant checkpointing runs the forward without gradients, where torch's modules would round differently.
+    monkeypatch.setattr(branch_sum, "_WORTH_A_CALL", 0)
     kept, cheap = twins()
     kept.eval()  # checkpointing updates running statistics twice
     cheap.eval()

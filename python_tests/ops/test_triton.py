@@ -262,6 +262,44 @@ for target, dtype, precision, side, step in (
 """
 
 
+COMPILE_NORMS = """
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from repkern.ops.branch_norm_add import triton_kernels as norm
+
+MAPS, PARAMETERS = ("out", "grad", "as_is"), ("grad_weight", "grad_bias")
+INTEGERS = ("channels", "plane", "positions", "splits", "per_split", "branches", "norms")
+
+
+def build(kernel, target, dtype, wide, **constants):
+    constants = {"DTYPE": dtype, "WIDE": wide, "PARAM": wide, "STORED": dtype, **constants}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    of = {name: "i32" for name in INTEGERS} | {name: f"*{dtype}" for name in MAPS} | {"table": "*i64"}
+    if kernel is norm.merge_sums_kernel:
+        of["count"] = "i32"
+    types = {n: "constexpr" if n in constants else of.get(n, f"*{wide}") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = compile(ASTSource(kernel, types, values), target=target, options={"num_warps": 4})
+    assert compiled.metadata.shared <= 48 * 1024, (kernel, target, compiled.metadata.shared)
+
+
+for target, dtype, wide, channels_last, activation in (
+    (GPUTarget("cuda", 80, 32), tl.float16, tl.float32, False, 4),
+    (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, True, 1),
+    (GPUTarget("cuda", 90, 32), tl.float64, tl.float64, False, 3),
+    (GPUTarget("hip", "gfx942", 64), tl.bfloat16, tl.float32, True, 2),
+):
+    shape = {"POS": 16, "CH": 64} if channels_last else {"POS": 1024, "CH": 1}
+    common = {"CHANNELS_LAST": channels_last, "ACTIVATION": activation, "HAS_AS_IS": True, "ROWS": 4, "BLOCK": 128}
+    for name in ("moments", "sum", "sums", "gradients", "statistics_backward"):
+        build(getattr(norm, f"{name}_kernel"), target, dtype, wide, **common, **shape)
+    for name in ("merge_moments", "coefficients", "merge_sums", "slopes"):
+        build(getattr(norm, f"{name}_kernel"), target, dtype, wide, **common, CH=128)
+"""
+
+
 COMPILE_WINOGRAD = """
 import triton.language as tl
 from triton import compile
@@ -306,7 +344,7 @@ for target, dtype, wide, m, precision, last, tiles, step, more in (
 """
 
 
-@pytest.mark.parametrize("source", [COMPILE, COMPILE_WINOGRAD], ids=["kernels", "winograd"])
+@pytest.mark.parametrize("source", [COMPILE, COMPILE_NORMS, COMPILE_WINOGRAD], ids=["kernels", "norms", "winograd"])
 def test_every_kernel_compiles_for_gpus(tmp_path, source):
     """Triton's compiler needs no GPU: what the interpreter accepts but a GPU cannot run fails here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

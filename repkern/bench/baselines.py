@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from repkern.ops import SqueezeBranches
 
-__all__ = ["KernelFunction", "eager_compose", "eager_kernel_of", "eager_orepa_kernel", "identity_rows"]
+__all__ = [
+    "KernelFunction",
+    "eager_branch_norm_add",
+    "eager_compose",
+    "eager_kernel_of",
+    "eager_orepa_kernel",
+    "identity_rows",
+]
 
 KernelFunction = Callable[..., Tensor]
 
@@ -73,6 +80,15 @@ def eager_compose(first: Tensor, second: Tensor, groups: int) -> Tensor:
     """compose_sequential as one convolution of the kernels: the full convolution, not the correlation."""
     padding = second.shape[-1] - 1
     return torch.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=padding, groups=groups).transpose(0, 1)
+
+
+def eager_branch_norm_add(branches: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """ReLU of a sum of BatchNorms in train mode, as a block's forward writes it."""
+    functional = torch.nn.functional
+    total = functional.batch_norm(branches[0], None, None, weights[0], biases[0], training=True)
+    for y, weight, bias in zip(branches[1:], weights[1:], biases[1:], strict=True):
+        total = total + functional.batch_norm(y, None, None, weight, bias, training=True)
+    return functional.relu(total)
 
 
 def eager_kernel_of(layer: SqueezeBranches, wrap: Callable[[KernelFunction], KernelFunction]) -> Callable[[], Tensor]:

@@ -146,9 +146,9 @@ def _workload(
 
 def _conv_workload(problem: Problem, what: str) -> Workload | None:
     """The 3x3 convolution that a squeezed kernel feeds, at the feature map size and batch of a ResNet."""
-    layer = problem.case.layers[0]
     if problem.case.op != "orepa_squeeze" or what == "backward":
         return None
+    layer = problem.case.layers[0]
     size = max(7, min(56, 3584 // layer.ci))
     like = problem.leaves[0].detach()
     x = torch.randn(32, layer.ci, size, size, dtype=like.dtype, device=like.device, requires_grad=True)

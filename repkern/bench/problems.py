@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repkern.bench.baselines import KernelFunction, eager_compose, eager_kernel_of
+from repkern.bench.baselines import KernelFunction, eager_branch_norm_add, eager_compose, eager_kernel_of
 from repkern.bench.registry import Case, Layer
-from repkern.ops import OPS, SqueezeBranches, compose_sequential, orepa_squeeze_many
+from repkern.ops import OPS, Norm, SqueezeBranches, branch_norm_add, compose_sequential, orepa_squeeze_many
+from repkern.ops.branch_norm_add import samples as norm_samples
 from repkern.ops.orepa_squeeze.layers import kernel_shape, pack
 from repkern.ops.orepa_squeeze.prior import dct_filter
 from repkern.testing import Sample, error_bounds, worst_ratio
@@ -21,6 +22,8 @@ __all__ = ["CheckResult", "Problem", "build_problem", "squeeze_problem"]
 
 Forward = Callable[[], list[Tensor]]
 Wrap = Callable[[KernelFunction], KernelFunction]
+Expected = list[tuple[Tensor, Tensor]]  # what is wanted of the forward or backward op, and how exactly
+Pick = Callable[[Expected, Expected], Expected]  # those of the outputs, then of the gradients of the leaves
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Problem:
     forward_sample: Sample
     backward_sample: Sample
     ops: tuple[str, str]
+    pick: Pick = lambda forward, backward: forward + backward
 
     def gradients(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of all leaves for the fixed output gradients."""
@@ -75,13 +79,13 @@ class Problem:
                 worst = CheckResult(ratio, f"{name} at {index}")
         return worst
 
-    def _expected(self) -> list[tuple[Tensor, Tensor]]:
-        answer: list[tuple[Tensor, Tensor]] = []
+    def _expected(self) -> Expected:
+        answer: list[Expected] = []
         for name, sample in zip(self.ops, (self.forward_sample, self.backward_sample), strict=True):
             exact = OPS[name].implementation("reference")(*map_tensors(sample.args, Tensor.double))
             wanted = [exact] if isinstance(exact, Tensor) else list(exact)
-            answer += zip(wanted, error_bounds(OPS[name], sample, self.dtype), strict=True)
-        return answer
+            answer.append(list(zip(wanted, error_bounds(OPS[name], sample, self.dtype), strict=True)))
+        return self.pick(*answer)
 
 
 def build_problem(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Problem:
@@ -93,6 +97,8 @@ def build_problem(case: Case, *, dtype: torch.dtype = torch.float32, device: str
 
     if case.op == "compose_sequential":
         return _compose_problem(case, dtype, random)
+    if case.op == "branch_norm_add":
+        return _norm_problem(case, dtype, random)
     return squeeze_problem(case, [_squeeze_branches(layer, random) for layer in case.layers], random)
 
 
@@ -180,4 +186,35 @@ def _compose_problem(case: Case, dtype: torch.dtype, random: Callable[..., Tenso
         Sample(case.name, _detached((first, second, groups)), (one.co // groups * overlap,)),
         Sample(case.name, _detached((grad, first, second, groups)), lengths),
         ("compose_sequential", "compose_sequential_backward"),
+    )  # fmt: skip
+
+
+def _norm_problem(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> Problem:
+    assert case.maps is not None
+    size = case.maps
+    layout = torch.channels_last if size.channels_last else torch.contiguous_format
+
+    def new_map() -> Tensor:
+        return random(size.n, size.c, size.h, size.w).contiguous(memory_format=layout)
+
+    maps = [new_map().requires_grad_() for _ in range(size.branches)]
+    weights, biases = ([random(size.c).requires_grad_() for _ in maps] for _ in range(2))
+    norms = [Norm(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    grad = new_map()
+
+    def baseline(wrap: Wrap) -> Forward:
+        add = wrap(eager_branch_norm_add)
+        return lambda: [add(maps, weights, biases)]
+
+    def pick(forward: Expected, backward: Expected) -> Expected:
+        *of_maps, weight, bias = backward
+        rows = list(zip(weight[0].unbind(0), weight[1].unbind(0), strict=True))
+        return [forward[0], *of_maps, *rows, *[bias] * size.branches]
+
+    forward_sample, backward_sample = norm_samples.relu_samples(
+        case.name, *_detached((grad, maps, weights, biases)), eps=norms[0].eps
+    )
+    return Problem(
+        case, dtype, [*maps, *weights, *biases], [grad], lambda: [branch_norm_add(maps, norms, "relu")[0]], baseline,
+        forward_sample, backward_sample, ("branch_norm_add", "branch_norm_add_backward"), pick,
     )  # fmt: skip

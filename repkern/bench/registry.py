@@ -6,9 +6,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CONV_CASES", "DEFAULT_CASES", "Case", "ConvCase", "Layer", "conv_cases", "load_cases", "parse_cases"]
+__all__ = [
+    "CONV_CASES",
+    "DEFAULT_CASES",
+    "Case",
+    "ConvCase",
+    "Layer",
+    "Maps",
+    "conv_cases",
+    "load_cases",
+    "parse_cases",
+]
 
-# name  op  layers: co,ci,k,groups[*count] ...; compose_sequential: cm,ci,k1,groups co,cm,k2,groups
+# name  op  layers: co,ci,k,groups[*count] ...; compose_sequential: cm,ci,k1,groups co,cm,k2,groups;
+# branch_norm_add: n,c,h,w[*branches] [channels_last]
 DEFAULT_CASES = """
 c64            orepa_squeeze       64,64,3,1
 c128           orepa_squeeze       128,128,3,1
@@ -23,13 +34,20 @@ resnet18       orepa_squeeze_many 64,64,3,1*4 128,64,3,1 128,128,3,1*3 256,128,3
 repvgg_a0      orepa_squeeze_many 48,3,3,1 48,48,3,1*2 96,48,3,1 96,96,3,1*3 192,96,3,1 192,192,3,1*13 1280,192,3,1
 stem_5x5       compose_sequential  64,3,3,1 64,64,3,1
 stem_7x7       compose_sequential  64,3,5,1 64,64,3,1
+bn_64x64       branch_norm_add     16,48,64,64*3
+bn_32x32       branch_norm_add     16,48,32,32*3
+bn_16x16       branch_norm_add     16,96,16,16*3
+bn_8x8         branch_norm_add     16,192,8,8*3
+bn_64x64_last  branch_norm_add     16,48,64,64*3 channels_last
+bn_8x8_last    branch_norm_add     16,192,8,8*3 channels_last
 """
 
 # winograd_conv2d: channels (in and out), height and width of the layers of VGG-like networks; batch 1 and 8
 CONV_CASES = "64,112 64,56 128,28 256,14 192,14 96,28 48,56 512,7 512,14"
 _CONV_BATCHES = (1, 8)
 
-_OPS = ("orepa_squeeze", "orepa_squeeze_many", "compose_sequential")
+_OPS = ("orepa_squeeze", "orepa_squeeze_many", "compose_sequential", "branch_norm_add")
+_MOST_BRANCHES = 16
 _LAYER = re.compile(r"(\d+),(\d+),(\d+),(\d+)(?:\*(\d+))?")
 _MAX_GROUPS_WITH_ONE_SET = 4  # the released rule for the internal channels: twice as many beyond this
 
@@ -65,15 +83,36 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """The maps of a branch_norm_add, all normalized with batch statistics, ReLU behind the sum."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    branches: int
+    channels_last: bool
+
+    def flops(self) -> tuple[int, int]:
+        """Forward: statistics (4 a value) and sum (2). Backward: the sum again, sums (3) and gradients (5)."""
+        values = self.n * self.c * self.h * self.w * self.branches
+        return 6 * values, 10 * values
+
+
+@dataclass(frozen=True)
 class Case:
     """One line of a shapes file."""
 
     name: str
     op: str
     layers: tuple[Layer, ...]
+    maps: Maps | None = None
 
     def flops(self, what: str) -> int:
-        """Of "forward", "backward" (twice the forward: two products for one) or "forward+backward"."""
+        """Of "forward", "backward" (of products twice the forward: two for one) or "forward+backward"."""
+        if self.maps is not None:
+            forward, backward = self.maps.flops()
+            return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[what]
         if self.op == "compose_sequential":
             first, second = self.layers
             forward = 2 * second.co * second.ci // second.groups * first.ci // first.groups * (first.k * second.k) ** 2
@@ -94,6 +133,9 @@ def parse_cases(text: str, source: str = "cases") -> list[Case]:
             raise ValueError(
                 f"{where}: wanted `name op co,ci,k,groups[*count] ...` with op one of {', '.join(_OPS)}, got {line!r}"
             )
+        if words[1] == "branch_norm_add":
+            cases.append(Case(words[0], words[1], (), _parse_maps(words[2:], where)))
+            continue
         layers = tuple(layer for word in words[2:] for layer in _parse_layer(word, where))
         _check_case(words[1], layers, where)
         cases.append(Case(words[0], words[1], layers))
@@ -113,6 +155,18 @@ def _parse_layer(word: str, where: str) -> list[Layer]:
     if min(co, ci, k, groups) < 1 or co % groups or ci % groups or k % 2 == 0:
         raise ValueError(f"{where}: sizes must be positive, k odd and channels multiples of groups, got {word!r}")
     return [Layer(co, ci, k, groups)] * int(match.group(5) or 1)
+
+
+def _parse_maps(words: list[str], where: str) -> Maps:
+    match = _LAYER.fullmatch(words[0])
+    if match is None or words[1:] not in ([], ["channels_last"]):
+        raise ValueError(f"{where}: maps are n,c,h,w or n,c,h,w*branches [channels_last], got {' '.join(words)!r}")
+    n, c, h, w, branches = (int(part or 1) for part in match.groups())
+    if min(n, c, h, w) < 1 or n * h * w == 1 or not 1 <= branches <= _MOST_BRANCHES:
+        raise ValueError(
+            f"{where}: several values a channel and 1 to {_MOST_BRANCHES} branches needed, got {words[0]!r}"
+        )
+    return Maps(n, c, h, w, branches, len(words) > 1)
 
 
 def _check_case(op: str, layers: tuple[Layer, ...], where: str) -> None:

@@ -40,12 +40,15 @@ class Environment:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. Times are milliseconds; `ratio` is baseline / ours over pairs (train: ours / baseline)."""
+    """One comparison. Times are milliseconds; `ratio` is baseline / ours over pairs (of networks: ours / baseline).
 
-    kind: str  # ops, train or memory
+    Memory is above the baseline's (kind memory); what blocks keep is their own, with the baseline's as `limit_mib`.
+    """
+
+    kind: str  # ops, train, memory, blocks or blocks-memory
     op: str
     case: str
-    what: str  # forward, backward, forward+backward, step or peak
+    what: str  # forward, backward, forward+backward, step, peak or activations
     dtype: str
     device: str
     mode: str  # eager, or cuda-graph

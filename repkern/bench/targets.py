@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Target", "ops_target", "peak_target", "train_target", "verdict"]
+__all__ = ["Target", "activations_target", "blocks_target", "ops_target", "peak_target", "train_target", "verdict"]
 
 _BOTH = "forward+backward"
 _SQUARE = ("c64", "c128", "c256", "c512")
@@ -29,6 +29,13 @@ _SPEEDUPS = {
 }
 _PEAK_PERCENT = dict.fromkeys(("c256", "c512"), 60.0)
 _MICROSECONDS = {"resnet18": 300.0, "repvgg_a0": 130.0}
+# Of a network with our blocks to the same one in plain modules, by what is recomputed.
+_DBB = ("repvgg_a0_dbb_b16_128", "resnet18_dbb_b16_128")
+_BLOCK_STEPS = {
+    "none": {"repvgg_a0_b16_128": 0.9},
+    "cheap": dict.fromkeys(("repvgg_a0_b16_128", *_DBB), 1.05),
+}
+_BLOCK_ACTIVATIONS = {"cheap": dict.fromkeys(("repvgg_a0_b16_128", *_DBB), 0.75)}
 _STEP_RATIOS = {"resnet18_b32_224": 1.10, "resnet18_b16_128": 1.6}
 
 
@@ -53,6 +60,18 @@ def peak_target(device: str, case: str, what: str) -> Target | None:
 def train_target(device: str, case: str) -> Target | None:
     """The largest step time of the OREPA network as a multiple of the plain one's, or None."""
     value = _STEP_RATIOS.get(case) if device == "cpu" else None
+    return None if value is None else Target(value, "x plain", at_most=True)
+
+
+def blocks_target(device: str, case: str, recompute: str) -> Target | None:
+    """The longest step of a network of blocks as a multiple of the plain modules' one, or None."""
+    value = _BLOCK_STEPS.get(recompute, {}).get(case) if device == "cpu" else None
+    return None if value is None else Target(value, "x plain", at_most=True)
+
+
+def activations_target(device: str, case: str, recompute: str) -> Target | None:
+    """The most bytes kept for the backward as a multiple of what plain modules keep, or None."""
+    value = _BLOCK_ACTIVATIONS.get(recompute, {}).get(case) if device == "cpu" else None
     return None if value is None else Target(value, "x plain", at_most=True)
 
 

@@ -25,7 +25,17 @@ from repkern.nn.group import group_squeeze
 from repkern.nn.orepa import OREPAConv2d
 from repkern.ops import use_backend
 
-__all__ = ["DEFAULT_STEPS", "EagerOREPA", "StepCase", "TrainOptions", "load_steps", "parse_steps", "run_train"]
+__all__ = [
+    "DEFAULT_STEPS",
+    "EagerOREPA",
+    "StepCase",
+    "TrainOptions",
+    "Trainer",
+    "load_steps",
+    "make_trainer",
+    "parse_steps",
+    "run_train",
+]
 
 DEFAULT_STEPS = """
 resnet18_b32_224  32 224
@@ -72,7 +82,9 @@ class EagerOREPA(nn.Module):
 
 
 @dataclass
-class _Trainer:
+class Trainer:
+    """A network in training, and the batch it sees in every step."""
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
     x: Tensor
@@ -81,8 +93,12 @@ class _Trainer:
     def step(self) -> None:
         """Gradients cleared, forward, loss, backward, update."""
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(self.x), self.y).backward()
+        self.loss().backward()
         self.optimizer.step()
+
+    def loss(self) -> Tensor:
+        """Forward and loss, ready for a backward."""
+        return nn.functional.cross_entropy(self.model(self.x), self.y)
 
     def resident(self) -> list[Tensor]:
         """What lives between two steps once gradients are cleared."""
@@ -121,7 +137,10 @@ def run_train(
         return failures
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.name}: batch {case.batch}, {case.size} x {case.size}")
-        trainers = {name: _trainer(model, case, options) for name, model in models.items()}
+        trainers = {
+            name: make_trainer(model, case.batch, case.size, options.device, options.channels_last)
+            for name, model in models.items()
+        }
         _measure_steps(case, trainers, options, on_row)
         if options.memory:
             _measure_memory(case, trainers, blocks, options, on_row)
@@ -165,14 +184,15 @@ def _backend(options: TrainOptions) -> contextlib.AbstractContextManager[None]:
     return use_backend(options.backend)
 
 
-def _trainer(model: nn.Module, case: StepCase, options: TrainOptions) -> _Trainer:
+def make_trainer(model: nn.Module, batch: int, size: int, device: str = "cpu", channels_last: bool = False) -> Trainer:
+    """`model` in train mode with SGD and a random batch of square images."""
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(case.batch, 3, case.size, case.size, generator=generator).to(options.device)
-    y = torch.randint(0, 10, (case.batch,), generator=generator).to(options.device)
-    if options.channels_last:
+    x = torch.randn(batch, 3, size, size, generator=generator).to(device)
+    y = torch.randint(0, 10, (batch,), generator=generator).to(device)
+    if channels_last:
         x = x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
-    return _Trainer(model.train(), optimizer, x, y)
+    return Trainer(model.train(), optimizer, x, y)
 
 
 def _label(name: str, options: TrainOptions) -> str:
@@ -189,7 +209,7 @@ def _row(case: StepCase, options: TrainOptions, kind: str, what: str, backend: s
 
 
 def _measure_steps(
-    case: StepCase, trainers: dict[str, _Trainer], options: TrainOptions, on_row: Callable[[Row], None]
+    case: StepCase, trainers: dict[str, Trainer], options: TrainOptions, on_row: Callable[[Row], None]
 ) -> None:
     works = {
         name: Workload(lambda _, trainer=trainer: trainer.step(), around=lambda: _backend(options))  # type: ignore[misc]
@@ -210,7 +230,7 @@ def _measure_steps(
 
 def _measure_memory(
     case: StepCase,
-    trainers: dict[str, _Trainer],
+    trainers: dict[str, Trainer],
     blocks: Sequence[nn.Module],
     options: TrainOptions,
     on_row: Callable[[Row], None],

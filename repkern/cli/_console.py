@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-__all__ = ["INTERRUPTED", "console", "fail", "megabytes", "milliseconds", "percent", "terminated_like_ctrl_c"]
+__all__ = [
+    "INTERRUPTED",
+    "console",
+    "fail",
+    "megabytes",
+    "milliseconds",
+    "percent",
+    "print_pairs",
+    "terminated_like_ctrl_c",
+    "warn",
+]
 
 FAILED = 1
 WRONG_USE = 2
@@ -27,6 +38,26 @@ def fail(message: str, code: int = FAILED) -> NoReturn:
     """Print one line to standard error and leave with `code`."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] {_escaped(message)}")
     raise typer.Exit(code)
+
+
+def warn(message: str) -> None:
+    """Print one line to standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]Warning:[/] {_escaped(message)}")
+
+
+def print_pairs(to: Console, rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns, the second with markup; on a terminal long texts wrap inside theirs, in a pipe a row is one line."""
+    if not to.is_terminal:
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            to.print(f"{name:<{width}}  {text}", soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    to.print(table)
 
 
 def _escaped(text: str) -> str:

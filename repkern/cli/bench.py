@@ -1,4 +1,4 @@
-"""`repkern bench ops|train`: parses, calls, prints."""
+"""`repkern bench ops|train|blocks`: parses, calls, prints."""
 
 from __future__ import annotations
 
@@ -108,6 +108,31 @@ def train(
     _run(lambda on_row, say: run_train(cases, options, on_row, say), output, as_json, device)
 
 
+@app.command()
+def blocks(
+    shapes: Shapes = None,
+    filter: Filter = "",
+    quick: Quick = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    backend: Annotated[str, typer.Option(help="Our backend; auto chooses by device.")] = "auto",
+    device: Device = "cpu",
+    pairs: Pairs = None,
+    channels_last: Annotated[bool, typer.Option(help="Model and input in channels_last.")] = False,
+    memory: Annotated[bool, typer.Option(help="Also measure what is kept for the backward, and the peak.")] = True,
+) -> None:
+    """A training step of multi-branch networks, cheap maps kept or recomputed, against plain torch modules."""
+    from repkern.bench.blocks import BlocksOptions, load_blocks, run_blocks
+
+    _check_device(device)
+    _check_backend(backend)
+    cases = _chosen(load_blocks, shapes, filter)
+    if quick:
+        cases = [dataclasses.replace(case, batch=4, size=64, name=f"{case.name}_quick") for case in cases]
+    options = BlocksOptions(backend, device, pairs or (3 if quick else 9), channels_last, memory)
+    _run(lambda on_row, say: run_blocks(cases, options, on_row, say), output, as_json, device)
+
+
 def _check_device(device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"must be cpu or cuda, got {device!r}", param_hint="--device")
@@ -171,11 +196,13 @@ def _run(
 def _line(row: Row) -> str:
     name = f"  {row.case:<18} {row.what:<16} {row.backend:<10}"
     gap = f"  {row.target}: {row.verdict}" if row.target else ""
+    if row.kind == "blocks-memory":
+        return f"{name} {row.extra_mib:8.1f} MiB, {row.ratio:.2f} x {row.baseline} at {row.limit_mib:.1f} MiB{gap}"
     if row.kind == "memory":
         return f"{name} {row.extra_mib:8.1f} MiB over plain, limit {row.limit_mib:.1f} MiB{gap}"
     time = f"{name} {row.ms:9.3f} ms"
     if not row.baseline:
         return f"{time}  {row.gflops:6.1f} GFLOP/s  {row.peak_percent:5.1f} % of peak{gap}"
     spread = f"(p20 {row.ratio_p20:.2f}, p80 {row.ratio_p80:.2f})"
-    meaning = f"x {row.baseline}" if row.kind == "train" else f"x faster than {row.baseline}"
+    meaning = f"x {row.baseline}" if row.kind in ("train", "blocks") else f"x faster than {row.baseline}"
     return f"{time}  {row.ratio:6.2f} {meaning} at {row.baseline_ms:.3f} ms {spread}{gap}"

@@ -6,11 +6,9 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from repkern.cli._console import console
+from repkern.cli._console import console, print_pairs
 
 __all__ = ["info"]
 
@@ -34,21 +32,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for backend, reason in found["backends"].items():
         mark = "[green]available[/]" if reason is None else f"[yellow]no[/]: {escape(reason)}"
         rows.append((f"backend {backend}", mark))
-    _print(console(), rows)
-
-
-def _print(to: Console, rows: list[tuple[str, str]]) -> None:
-    """Two columns; on a terminal long texts wrap inside theirs, in a pipe every row is one line."""
-    if not to.is_terminal:
-        for name, text in rows:
-            to.print(f"{name:<17}  {text}", soft_wrap=True)
-        return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    to.print(table)
+    print_pairs(console(), rows)
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:

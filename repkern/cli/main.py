@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from repkern.cli.export import export
 from repkern.cli.info import info
+from repkern.cli.models import models
 from repkern.cli.quickstart import quickstart
+from repkern.cli.reparameterize import reparameterize
 
 __all__ = ["app", "main"]
 
@@ -48,6 +51,9 @@ def _root(
 
 
 app.command()(quickstart)
+app.command()(reparameterize)
+app.command()(export)
+app.command()(models)
 app.command()(info)
 
 if importlib.util.find_spec("repkern.cli.bench") is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,10 +78,18 @@ def _write_onnx(program: ExportedProgram, path: Path, options: Options, metadata
         )
     assert exported is not None
     proto = exported.model_proto
+    _check_opset(proto, options.opset)
     _rename_batch(proto)
     onnx.helper.set_model_props(proto, dict(metadata))
     onnx.save(proto, str(path))
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def _check_opset(proto: Any, wanted: int | None) -> None:
+    """torch converts from its own opset to the wanted one, and keeps its own where that fails."""
+    found = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if wanted is not None and found != wanted:
+        raise ValueError(f"opset {wanted} is not possible for this model with this torch and onnx, they give {found}")
 
 
 def _rename_batch(proto: Any) -> None:
@@ -115,21 +124,32 @@ FORMATS = {
 }
 
 
-class _NotAboutTorchvision(logging.Filter):
-    """torch.onnx says four times that it skips the operators of a package that is not installed."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("torchvision is not installed")
+# Logger -> how the messages begin that say nothing about the file: four operators of a package that is not installed
+# are skipped; an opset is reached by conversion, or is not, which _check_opset finds out.
+_NOISE = {
+    "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),
+    "torch.onnx._internal.exporter._compat": ("Setting ONNX exporter to use operator set version",),
+    "onnxscript.version_converter": ("The model version conversion is not supported", "Failed to convert the model"),
+}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch's exporters say about themselves on every run; anything else still comes through."""
-    logger, quiet = logging.getLogger("torch.onnx._internal.exporter._registration"), _NotAboutTorchvision()
-    logger.addFilter(quiet)
+    added = []
+    for name, beginnings in _NOISE.items():
+        logger = logging.getLogger(name)
+        keep = functools.partial(_says_something, beginnings)
+        logger.addFilter(keep)
+        added.append((logger, keep))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        logger.removeFilter(quiet)
+        for logger, keep in added:
+            logger.removeFilter(keep)
+
+
+def _says_something(beginnings: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginnings)

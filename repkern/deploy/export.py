@@ -17,9 +17,12 @@ from repkern.models.files import replaced
 from repkern.models.network import Network
 from repkern.models.saving import describe
 from repkern.nn import reparameterize
-from repkern.nn.verify import Difference, Example, Reference, ReparameterizeReport
+from repkern.nn.verify import Difference, Example, Reference, ReparameterizeReport, arguments
 
-__all__ = ["BatchCheck", "ExportReport", "export"]
+__all__ = ["FILE_SUFFIXES", "BatchCheck", "ExportReport", "export"]
+
+#: What the name of an exported file ends in.
+FILE_SUFFIXES = tuple(FORMATS)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,14 @@ class ExportReport:
     def worst(self) -> BatchCheck | None:
         """The check with the largest relative difference; None without verification."""
         return max(self.checks, key=lambda check: check.worst.relative, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        checks = [
+            {"batch": check.batch, "outputs": [output.as_json() for output in check.outputs]} for check in self.checks
+        ]
+        own = {name: value for name, value in vars(self).items() if name not in ("conversion", "checks")}
+        return own | {"checks": checks, "conversion": self.conversion.as_json()}
 
     def __str__(self) -> str:
         batches = "any batch size" if self.dynamic_batch else "one batch size"
@@ -89,11 +100,11 @@ def export(
     chosen = _format_of(path)
     if opset is not None and path.suffix != ".onnx":
         raise ValueError(f"opset (={opset}) is for .onnx files, the path is {path.name!r}")
-    args = (example,) if isinstance(example, Tensor) else tuple(example)
+    args = arguments(example)
     report = ExportReport(str(path), chosen.name, dynamic_batch)
     plain = reparameterize(model, verify=args if verify else None, report=report.conversion)
     batches = _batches(args) if dynamic_batch else [args]
-    program = _trace(plain.eval(), batches[-1], dynamic_batch)
+    program = _trace(plain.eval(), batches[0], dynamic_batch)
     outputs = len(program.graph_signature.user_outputs)
     options = Options(
         opset, input_names or _numbered("input", _count_tensors(args)), output_names or _numbered("output", outputs)
@@ -128,9 +139,9 @@ def _count_tensors(args: Sequence[Any]) -> int:
 
 
 def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The arguments with one item, with two more than the example's, and with as many (at least two).
+    """The arguments with as many items as the example (at least two), with one, and with two more.
 
-    The last one is traced: torch.export takes a batch of one for a constant. Added items are shifted ones of the
+    The first one is traced: torch.export takes a batch of one for a constant. Added items are shifted ones of the
     example, so that no two are alike and values stay in the range that the model knows.
     """
     sizes = {arg.shape[0] for arg in args if isinstance(arg, Tensor) and arg.dim() > 0}
@@ -142,7 +153,7 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     size = sizes.pop()
     if size < 1:
         raise ValueError("the example must have at least one item, got an empty batch")
-    return [tuple(_resized(arg, count) for arg in args) for count in (1, size + 2, max(size, 2))]
+    return [tuple(_resized(arg, count) for arg in args) for count in (max(size, 2), 1, size + 2)]
 
 
 def _resized(arg: Any, count: int) -> Any:
@@ -188,14 +199,20 @@ def _check(
     model: nn.Module, path: Path, chosen: Format, batches: Sequence[tuple[Any, ...]], report: ExportReport
 ) -> None:
     """Fill report.checks; ValueError beyond a bound."""
-    run = chosen.open(path)
+    try:
+        run = chosen.open(path)
+    except Exception as problem:  # onnxruntime has its own types for what it has no kernel for
+        raise ValueError(
+            f"export: the {chosen.name} file cannot be opened by its runtime: {_first_line(problem)}"
+        ) from problem
     for args in batches:
         reference = Reference(model, args)
+        reference.require_finite()
         names = [f"output {at}" for at in range(len(reference.outputs))]
         batch = next((len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim() > 0), 1)
         try:
             outputs = run(args)
-        except Exception as problem:  # onnxruntime and torch have many types for what they cannot run
+        except Exception as problem:  # as above, and torch's own for a .pt2 file
             raise ValueError(
                 f"export: the {chosen.name} file cannot be run on a batch of {batch}: {_first_line(problem)}"
             ) from problem

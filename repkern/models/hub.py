@@ -53,8 +53,12 @@ class HubMixin:
         """The network in a local folder or a repository of the Hub, made again from its metadata; in eval mode.
 
         The arguments are huggingface_hub's. TypeError when it is not one of this class; ValueError and
-        FileNotFoundError as `repkern.models.load`.
+        FileNotFoundError as `repkern.models.load`, the latter also for a Path, "/..." or "./..." where no folder is.
         """
+        named = str(folder_or_repo_id)
+        is_path = isinstance(folder_or_repo_id, Path) or named.startswith((".", "~")) or Path(named).is_absolute()
+        if is_path and not Path(named).is_dir():
+            raise FileNotFoundError(f"no folder at {named}")
         model = (
             _adapter()
             .from_pretrained(

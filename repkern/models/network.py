@@ -227,6 +227,8 @@ class Network(HubMixin, nn.Module):
         return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):  # a proxy of torch.fx
+            return
         if x.dim() != 4 or x.shape[1] != self.options.in_chans:
             raise ValueError(
                 f"{self.model_name or type(self).__name__}: the input must be [N, {self.options.in_chans}, H, W], "

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,25 +81,8 @@ def create_model(
     arguments that are not JSON values.
     """
     entry = _entry(name)
-    options = Options(
-        block=entry.block if block is None else block,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        features_only=features_only,
-        out_indices=None if out_indices is None else tuple(out_indices),
-        output_stride=output_stride,
-        width=width,
-        recompute=recompute,
-        block_options=dict(block_options or {}),
-    )
-    known = set(inspect.signature(entry.family.__init__).parameters) - {"self", "variant", "options"}
-    unknown = sorted(set(family_options) - known)
-    if unknown:
-        has = f"it has {', '.join(sorted(known))}" if known else "it has none of its own"
-        raise TypeError(f"create_model({name!r}): no option {', '.join(unknown)}; {has}")
-    config = {
-        "name": name,
-        "block": options.block,
+    shared: dict[str, Any] = {
+        "block": entry.block if block is None else block,
         "num_classes": num_classes,
         "in_chans": in_chans,
         "features_only": features_only,
@@ -107,19 +90,27 @@ def create_model(
         "output_stride": output_stride,
         "width": width,
         "recompute": recompute,
-        "block_options": options.block_options,
-        **family_options,
+        "block_options": dict(block_options or {}),
     }
-    kept = _json(name, config)
-    build: Any = entry.family
-    model: Network = build(entry.variant, options, **family_options)
+    build = _builder(name, entry, family_options)
+    config = _json(name, {"name": name, **shared, **family_options})
+    model = build(entry.variant, Options(**shared), **family_options)
     model.model_name = name
-    model.config = kept
+    model.config = config
     if checkpoint is not None:
         from repkern.models.checkpoints import load_checkpoint
 
         load_checkpoint(checkpoint, model)
     return model
+
+
+def _builder(name: str, entry: _Entry, family_options: Mapping[str, Any]) -> Callable[..., Network]:
+    known = set(inspect.signature(entry.family.__init__).parameters) - {"self", "variant", "options"}
+    unknown = sorted(set(family_options) - known)
+    if unknown:
+        has = f"it has {', '.join(sorted(known))}" if known else "it has none of its own"
+        raise TypeError(f"create_model({name!r}): no option {', '.join(unknown)}; {has}")
+    return entry.family
 
 
 def _entry(name: str) -> _Entry:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from repkern.nn.block import RepBlock
+
 __all__ = ["apply_changes", "changes_between"]
 
 _Spec = dict[str, Any]
@@ -50,6 +52,11 @@ def _compare(name: str, module: nn.Module | None, fresh: nn.Module | None, chang
                 f"{type(module).__name__} itself was replaced or has other children than create_model makes"
             )
         changes[name] = _describe(name, module)
+        return
+    if isinstance(module, RepBlock) and any(
+        fresh._modules[child] is None and part is not None for child, part in module._modules.items()
+    ):
+        changes[name] = _describe(name, module)  # it has grown a branch, which its arguments tell better than its parts
         return
     for child in module._modules:
         _compare(f"{name}.{child}" if name else child, module._modules[child], fresh._modules[child], changes)

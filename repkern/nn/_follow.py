@@ -20,7 +20,12 @@ _logger = logging.getLogger("repkern")
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, RepBlock) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, RepBlock | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _only_normalizes(module: nn.Module) -> bool:
+    """Not a subclass that computes more, as timm's norms, which run the activation too."""
+    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def norms_after(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
@@ -37,7 +42,7 @@ def norms_after(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     return {
         id(conv): (names[id(norm)], norm)
         for conv, norm in pairs
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm) and norm.num_features == conv.out_channels
+        if isinstance(conv, nn.Conv2d) and _only_normalizes(norm) and norm.num_features == conv.out_channels
     }
 
 

@@ -46,28 +46,39 @@ def sync_group(norm: Any) -> Any:
     return group if distributed.get_world_size(group) > 1 else None
 
 
-@torch.no_grad()
 def update_running(norms: Sequence[Any], mean: Tensor, var: Tensor, count: int | Tensor) -> None:
-    """Running statistics after a batch: mean and biased var [B, C] of the norms' maps, `count` values a channel."""
-    tracking = [(row, norm) for row, norm in enumerate(norms) if norm.training and norm.track_running_stats]
-    if not tracking:
-        return
-    counters = [norm.num_batches_tracked for _, norm in tracking if norm.num_batches_tracked is not None]
+    """Running statistics after a batch: mean and biased var [B, C] of the norms' maps, `count` values a channel.
+
+    mean and var must not require gradients.
+    """
+    means, variances = mean.unbind(0), (var * (count / (count - 1))).unbind(0)
+    counters: list[Tensor] = []
+    by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor]]] = {}
+    for row, norm in enumerate(norms):
+        if not (norm.training and norm.track_running_stats):
+            continue
+        if norm.num_batches_tracked is not None:
+            counters.append(norm.num_batches_tracked)
+        olds, news = by_momentum.setdefault(norm.momentum, ([], []))
+        for running, new in ((norm.running_mean, means[row]), (norm.running_var, variances[row])):
+            if running is not None:
+                olds.append(running)
+                news.append(new if new.dtype == running.dtype else new.to(running.dtype))
+    # One call for all norms of a block: with a call each, these small ops cost more than a small block's kernel.
     if counters:
         torch._foreach_add_(counters, 1)
-    means, variances = mean.unbind(0), (var * (count / (count - 1))).unbind(0)
-    by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor]]] = {}
-    for row, norm in tracking:
-        for running, new in ((norm.running_mean, means[row]), (norm.running_var, variances[row])):
-            if running is None:
-                continue
-            new = new if new.dtype == running.dtype else new.to(running.dtype)
-            if norm.momentum is None:
-                running.lerp_(new, norm.num_batches_tracked.to(running.dtype).reciprocal())
-                continue
-            olds, news = by_momentum.setdefault(norm.momentum, ([], []))
-            olds.append(running)
-            news.append(new)
     for momentum, (olds, news) in by_momentum.items():
-        assert momentum is not None
-        torch._foreach_lerp_(olds, news, momentum)
+        if momentum is not None and olds:
+            torch._foreach_lerp_(olds, news, momentum)
+    if None in by_momentum:
+        _update_cumulative(norms, means, variances)
+
+
+def _update_cumulative(norms: Sequence[Any], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+    """The norms whose running statistics are the mean over all batches so far."""
+    for norm, mean, var in zip(norms, means, variances, strict=True):
+        if norm.momentum is not None or not (norm.training and norm.track_running_stats):
+            continue
+        share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+        norm.running_mean.lerp_(mean.to(share.dtype), share)
+        norm.running_var.lerp_(var.to(share.dtype), share)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, fuse_bn
 from repkern.nn.geometry import Pair, check_geometry
+from repkern.nn.line import line_conv, pad_line, stripped
 from repkern.nn.normed_sum import NormedSumBlock, plain_conv
 
 __all__ = ["ACBlock"]
@@ -66,8 +66,9 @@ class ACBlock(NormedSumBlock):
         self.vertical = self.horizontal = None
         self.vertical_bn = self.horizontal_bn = None
         if self.kernel_size[0] > 1:
-            self.vertical, self.vertical_bn = self._line(1, device, dtype), nn.BatchNorm2d(out_channels, **norm)
-            self.horizontal, self.horizontal_bn = self._line(0, device, dtype), nn.BatchNorm2d(out_channels, **norm)
+            factory: dict[str, Any] = {"device": device, "dtype": dtype}
+            self.vertical, self.vertical_bn = line_conv(self, 1, factory), nn.BatchNorm2d(out_channels, **norm)
+            self.horizontal, self.horizontal_bn = line_conv(self, 0, factory), nn.BatchNorm2d(out_channels, **norm)
         norms = [module for module in self.children() if isinstance(module, nn.BatchNorm2d)]
         if reduce_gamma:
             gamma_init = 1 / len(norms)
@@ -75,41 +76,13 @@ class ACBlock(NormedSumBlock):
             for module in norms:
                 nn.init.constant_(module.weight, gamma_init)
 
-    def _line(self, across: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Conv2d:
-        """The convolution of extent 1 along axis `across` (0: rows), to be given `_stripped(x, across)`."""
-        kernel, padding = list(self.kernel_size), list(self._pad)
-        kernel[across] = 1
-        padding[across] = max(self._margin[across], 0)
-        return nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            (kernel[0], kernel[1]),
-            self.stride,
-            (padding[0], padding[1]) if self.padding_mode == "zeros" else 0,
-            self.dilation,
-            self.groups,
-            bias=False,
-            device=device,
-            dtype=dtype,
-        )
-
-    def _stripped(self, x: Tensor, across: int) -> Tensor:
-        """x without the border along axis `across` that the kernel's middle does not reach; padded unless by zeros."""
-        if self.padding_mode == "zeros":
-            strip = max(-self._margin[across], 0)
-        else:
-            x, strip = self._padded(x), self.dilation[across] * (self.kernel_size[across] // 2)
-        if strip == 0:
-            return x
-        return functional.pad(x, (0, 0, -strip, -strip) if across == 0 else (-strip, -strip))
-
     def _vertical_map(self, x: Tensor) -> Tensor:
         assert self.vertical is not None
-        return self.vertical(self._stripped(x, 1))
+        return self.vertical(stripped(self, x, 1))
 
     def _horizontal_map(self, x: Tensor) -> Tensor:
         assert self.horizontal is not None
-        return self.horizontal(self._stripped(x, 0))
+        return self.horizontal(stripped(self, x, 0))
 
     def _branches(self) -> list[Branch]:
         branches = [Branch(self.dense_bn, self.dense)]
@@ -126,12 +99,8 @@ class ACBlock(NormedSumBlock):
         self.dense.weight.copy_(weight)
 
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
-        half = self.kernel_size[0] // 2
         folded: list[KernelBias] = []
-        for line, norm, sides in (
-            (self.vertical, self.vertical_bn, (half, half)),
-            (self.horizontal, self.horizontal_bn, (0, 0, half, half)),
-        ):
+        for line, norm, across in ((self.vertical, self.vertical_bn, 1), (self.horizontal, self.horizontal_bn, 0)):
             if line is not None and norm is not None:
-                folded.append(fuse_bn(functional.pad(line.weight.to(like.dtype), sides), None, norm))
+                folded.append(fuse_bn(pad_line(line.weight.to(like.dtype), across), None, norm))
         return folded

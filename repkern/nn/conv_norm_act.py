@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repkern.nn.branch_sum import Branch, branch_norm_sum
-from repkern.nn.fold import KernelBias
-from repkern.nn.geometry import Pair, check_dtype, check_geometry
+from repkern.nn.geometry import Pair, check_geometry
+from repkern.nn.normed_sum import wide
 from repkern.nn.orepa_block import _NormedBlock
 
 __all__ = ["ConvNormAct"]
@@ -38,7 +37,6 @@ class ConvNormAct(_NormedBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_dtype(dtype)
         geometry = check_geometry(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
@@ -46,13 +44,11 @@ class ConvNormAct(_NormedBlock):
         options: dict[str, Any] = {"padding_mode": padding_mode, "device": device, "dtype": dtype}
         self.conv = nn.Conv2d(*geometry[:7], bias=False, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, Ci, H, W] -> [N, Co, H', W']."""
-        self._check_input(x)
-        return branch_norm_sum(x, [Branch(self.bn, self.conv)], self.activation)
+    def _convolved(self, x: Tensor) -> Tensor:
+        return self.conv(x)
 
-    def _fold(self) -> KernelBias:
-        return self._normed(self.conv.weight)
+    def _wide_kernel(self) -> Tensor:
+        return wide(self.conv.weight)
 
     def _set_kernel(self, weight: Tensor) -> None:
         self.conv.weight.copy_(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ def replace_convs(
 ) -> nn.Module:
     """Replace every eligible nn.Conv2d of `model` by a block, in place; call it before making the optimizer.
 
-    block: a `RepBlock` class, a functools.partial of one, or a callable with nn.Conv2d's arguments.
+    block: a `RepBlock` class, a functools.partial of one, or a callable with nn.Conv2d's arguments (TypeError without).
     where(name, conv): False leaves a convolution alone. Eligible: odd square kernels, floating dtype, nn.Conv2d itself
     or a subclass that computes the same way, with no parametrization and no weight shared with another module. Existing
     blocks are not walked into.
@@ -65,6 +66,8 @@ def replace_convs(
     """
     report = ReplaceReport() if report is None else report
     kind, _ = _block_class(block)
+    if kind is None:
+        _check_callable(block)
     if fold_norm and not (kind is not None and kind.has_norm):
         name = str(block) if kind is None else kind.__name__
         raise ValueError(
@@ -197,6 +200,20 @@ def _block_class(block: Callable[..., nn.Module]) -> tuple[type[RepBlock] | None
     if isinstance(block, functools.partial) and not block.args:
         kind, options = block.func, block.keywords
     return (kind, options) if isinstance(kind, type) and issubclass(kind, RepBlock) else (None, {})
+
+
+def _check_callable(block: Callable[..., nn.Module]) -> None:
+    """TypeError for what cannot be called as nn.Conv2d is."""
+    try:
+        inspect.signature(block).bind(1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, True, "zeros", device=None, dtype=None)
+    except ValueError:  # a callable that has no signature to read
+        return
+    except TypeError as problem:
+        name = getattr(block, "__name__", repr(block))
+        raise TypeError(
+            f"replace_convs: block must be a class derived from RepBlock, a functools.partial of one with keywords "
+            f"only, or take nn.Conv2d's arguments; {name} does not ({problem})"
+        ) from problem
 
 
 def _construct(block: Callable[..., nn.Module], conv: nn.Conv2d) -> nn.Module:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from repkern.nn.branch_sum import Branch, branch_norm_sum
-from repkern.nn.fold import KernelBias, pad_to
+from repkern.nn.fold import pad_to
 from repkern.nn.geometry import Pair, check_dtype, check_geometry
 from repkern.nn.normed_sum import plain_conv, wide
 from repkern.nn.orepa_block import _NormedBlock
@@ -86,37 +85,31 @@ class CSLABlock(_NormedBlock):
 
     def summed_kernel(self) -> Tensor:
         """[Co, Ci/g, K, K]: the kernel before the norm, with a gradient to every kernel and trained scale."""
-        return self._summed().to(self.dense.weight.dtype)
+        return self._wide_kernel().to(self.dense.weight.dtype)
 
-    def _summed(self) -> Tensor:
+    def _wide_kernel(self) -> Tensor:
         """In at least float32."""
-        kernel = wide(self.dense.weight) * self.dense_scale[:, None, None, None]
+        kernel, scale = wide(self.dense.weight), wide(self.dense_scale)[:, None, None, None]
         centre: Tensor | None = None
         if self.pointwise is not None and self.pointwise_scale is not None:
-            centre = wide(self.pointwise.weight) * self.pointwise_scale[:, None, None, None]
+            centre = wide(self.pointwise.weight) * wide(self.pointwise_scale)[:, None, None, None]
         if self.identity_scale is not None:
             blocks = torch.diag_embed(wide(self.identity_scale).unflatten(0, (self.groups, -1)))
             diagonal = blocks.flatten(0, 1)[:, :, None, None]
             centre = diagonal if centre is None else centre + diagonal
-        if centre is not None:
-            kernel = kernel + pad_to(centre, self.kernel_size[0])
-        return kernel
+        if centre is None:
+            return kernel * scale
+        centre = pad_to(centre, self.kernel_size[0])
+        if not kernel.is_contiguous():  # the sum takes the format of what it starts from
+            centre = centre.contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(centre, kernel, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, Ci, H, W] -> [N, Co, H', W']."""
-        return branch_norm_sum(x, [Branch(self.bn, self._map)], self.activation)
-
-    def _map(self, x: Tensor) -> Tensor:
+    def _convolved(self, x: Tensor) -> Tensor:
         return self._conv(x, self.summed_kernel(), None)
-
-    def _fold(self) -> KernelBias:
-        weight, bias = self._normed(self._summed())
-        assert bias is not None
-        return weight.to(self.dense.weight.dtype), bias.to(self.dense.weight.dtype)
 
     def _set_kernel(self, weight: Tensor) -> None:
         scale = self.dense_scale.double()
         if not scale.all():
             raise ValueError("`dense_scale` is 0 for a channel, so no kernel behind it gives the wanted one")
-        rest = self._summed().double() - self.dense.weight.double() * scale[:, None, None, None]
+        rest = self._wide_kernel().double() - self.dense.weight.double() * scale[:, None, None, None]
         self.dense.weight.copy_((weight.double() - rest) / scale[:, None, None, None])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, compose_sequential, fuse_bn, pad_to
 from repkern.nn.geometry import Geometry, Pair, check_geometry
@@ -126,7 +127,7 @@ class DiverseBranchBlock(NormedSumBlock):
 
     def _pointwise_map(self, x: Tensor) -> Tensor:
         assert self.pointwise is not None
-        return self.pointwise(self._centre(x))
+        return pointwise_map(self.pointwise, self._centre(x))
 
     def _average_map(self) -> Callable[[Tensor], Tensor]:
         channels = self.out_channels

@@ -117,6 +117,10 @@ class DyRepBlock(SevenBranchBlock):
             nn.init.constant_(norm.weight, last_scale)
 
     def _target(self) -> tuple[Tensor, Tensor]:
+        """The equivalent convolution in float64. ValueError where `dense` could not be solved for afterwards."""
+        norm: Any = self.dense_bn
+        if norm.weight is not None and not norm.weight.all():
+            raise ValueError("`dense_bn` scales a channel by 0, so no kernel before it gives the wanted one")
         weight, bias = self._fold_in(next(self.parameters()).double())
         assert bias is not None
         return weight, bias

@@ -102,8 +102,12 @@ def compose_sequential(first: KernelBias, second: KernelBias, *, groups: int = 1
 
 def response_to_constant(weight: Tensor, value: Tensor, *, groups: int = 1) -> Tensor:
     """What the convolution with weight [Co, Cm/g, K, K] makes of a map that is value [Cm] everywhere: [Co]."""
-    taps = weight.sum(dim=(2, 3)).unflatten(0, (groups, -1))  # [g, Co/g, Cm/g]
-    return torch.einsum("got,gt->go", taps, value.unflatten(0, (groups, -1))).flatten()
+    taps, values = weight.shape[2] * weight.shape[3], value.unflatten(0, (groups, -1))
+    if weight.is_contiguous():  # a product with the kernel as it lies is several times faster than a sum over its taps
+        rows, columns = weight.flatten(1), values.repeat_interleave(taps, dim=1)
+    else:
+        rows, columns = weight.permute(0, 2, 3, 1).flatten(1), values.repeat(1, taps)
+    return torch.matmul(rows.unflatten(0, (groups, -1)), columns[..., None]).flatten()
 
 
 def identity_kernel(

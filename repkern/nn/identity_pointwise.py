@@ -19,11 +19,13 @@ class IdentityPointwise(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, groups: int, factory: dict[str, Any]) -> None:
         super().__init__(in_channels, out_channels, 1, groups=groups, bias=False, **factory)
         self.register_buffer("identity", torch.zeros_like(self.weight), persistent=False)
-        self.reset_identity()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset_identity(self) -> None:
+    def reset_parameters(self) -> None:
         """Make the 1x1 an identity."""
+        if "identity" not in self._buffers:  # nn.Conv2d calls this before there is one
+            return
         at = torch.arange(self.out_channels, device=self.weight.device)
         inputs = at % (self.out_channels // self.groups) % (self.in_channels // self.groups)
         self.identity.zero_()

@@ -56,7 +56,8 @@ class InnerNorm(NamedTuple):
     """conv(pad(norm(pointwise(x)))), where neither the normed nor the padded map is written.
 
     With norm(y) = scale * y + shift and a border of norm(0) = shift, that is conv(y) with zero padding and the kernel
-    scaled per input channel, plus a constant per output channel. outer: the norm that follows. border: of `BORDERS`.
+    scaled per input channel, plus a constant per output channel. Where the kernel has more values than the map (deep
+    layers), the map is scaled instead. outer: the norm that follows. border: of `BORDERS`.
     remake: whether pointwise(x) is made again in the backward instead of kept.
     """
 
@@ -69,38 +70,59 @@ class InnerNorm(NamedTuple):
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """x [N, Ci, H, W], weight [Co, Cm/g, K, K] of `groups` groups -> [N, Co, H', W']."""
-        if not self.remake or not _can_remake(x):
-            return self._convolve(self.pointwise(x), weight, groups)
-        again = Recompute()
-        y = again.make(self.pointwise, x)
-        with again.dropping():
-            return self._convolve(y, weight, groups)
-
-    def _convolve(self, y: Tensor, weight: Tensor, groups: int) -> Tensor:
-        scale, shift = norm_scale_shift(y, self.norm)
-        if self.border == "released" and self.block.padding_mode == "zeros":
-            return self._with_released_border(y, scale, shift, weight, groups)
-        constant = response_to_constant(weight.to(scale.dtype), shift, groups=groups)
-        if isinstance(self.outer, _BatchNorm) and uses_batch(self.outer):
-            # Its gradient is zero: spare the backward a pass over the map, but let every parameter have a gradient.
-            scale, constant = scale + 0 * shift, constant.detach()
-        per_input = scale.unflatten(0, (groups, 1, -1))[..., None, None]
-        scaled = (weight.unflatten(0, (groups, -1)) * per_input).flatten(0, 1)
-        return convolve(self.block, y, scaled, constant, groups)
+        released = self.border == "released" and self.block.padding_mode == "zeros"
+        map_size = x.numel() // x.shape[1] * weight.shape[1] * groups
+        if not released and map_size >= weight.numel():
+            return self._made(self.pointwise, x, lambda y: self._with_scaled_kernel(y, weight, groups))
+        borders: list[Tensor] = []
+        return self._made(
+            lambda x: self._above_border(x, borders),
+            x,
+            lambda z: convolve(self.block, z, weight, self._constant(weight, borders[0], groups), groups),
+        )
 
     def bordered(self, x: Tensor) -> Tensor:
         """pad(norm(pointwise(x))) itself, for what is no convolution of one kernel."""
+        borders: list[Tensor] = []
+        z = self._above_border(x, borders)
+        return bordered(self.block, z) + borders[0][:, None, None].to(z.dtype)
+
+    def _made(self, make: Callable[[Tensor], Tensor], x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.remake or not _can_remake(x):
+            return then(make(x))
+        again = Recompute()
+        y = again.make(make, x)
+        with again.dropping():
+            return then(y)
+
+    @property
+    def _constants_vanish(self) -> bool:
+        return isinstance(self.outer, _BatchNorm) and uses_batch(self.outer)
+
+    def _constant(self, weight: Tensor, border: Tensor, groups: int) -> Tensor:
+        """What the border's value on the whole map gives."""
+        if self._constants_vanish:
+            # Its gradient is zero: spare the backward a pass over the map.
+            weight, border = weight.detach(), border.detach()
+        return response_to_constant(weight.to(border.dtype), border, groups=groups)
+
+    def _with_scaled_kernel(self, y: Tensor, weight: Tensor, groups: int) -> Tensor:
+        scale, shift = norm_scale_shift(y, self.norm)
+        constant = self._constant(weight, shift, groups)
+        per_input = _reached(scale, shift).unflatten(0, (groups, 1, -1))[..., None, None]
+        scaled = (weight.unflatten(0, (groups, -1)) * per_input).flatten(0, 1)
+        return convolve(self.block, y, scaled, constant, groups)
+
+    def _above_border(self, x: Tensor, borders: list[Tensor]) -> Tensor:
+        """norm(pointwise(x)) less the value of its border [Cm], which is appended to `borders`."""
         y = self.pointwise(x)
         scale, shift = norm_scale_shift(y, self.norm)
-        border = shift if self.border == "exact" else self._released_border(scale.dtype)
-        above = (y * scale[:, None, None] + (shift - border)[:, None, None]).to(y.dtype)
-        return bordered(self.block, above) + border[:, None, None].to(y.dtype)
-
-    def _with_released_border(self, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, groups: int) -> Tensor:
+        if self.border == "exact" or self.block.padding_mode != "zeros":
+            borders.append(shift)
+            return (y * _reached(scale, shift)[:, None, None]).to(y.dtype)
         border = self._released_border(scale.dtype)
-        above = (y * scale[:, None, None] + (shift - border)[:, None, None]).to(y.dtype)
-        constant = response_to_constant(weight.to(scale.dtype), border, groups=groups)
-        return convolve(self.block, above, weight, constant, groups)
+        borders.append(border)
+        return (y * scale[:, None, None] + (shift - border)[:, None, None]).to(y.dtype)
 
     def _released_border(self, dtype: torch.dtype) -> Tensor:
         """As the released code: norm(0) by the running statistics after this batch, without gradient."""
@@ -111,6 +133,11 @@ class InnerNorm(NamedTuple):
         if tape is not None:
             tape.note(border)
         return border
+
+
+def _reached(scale: Tensor, shift: Tensor) -> Tensor:
+    """The scale, through which the norm's bias gets its gradient of zero where nothing else depends on the shift."""
+    return scale + 0 * shift
 
 
 def _can_remake(x: Tensor) -> bool:

@@ -71,12 +71,14 @@ class ODBBlock(SevenBranchBlock):
         gates: what each branch is multiplied with, with a gradient; None for ones. mask: which branches run at all;
         None for all. It is given apart from the gates, on the host, so that nobody waits for the device: branches it
         leaves out cost nothing, their gates have a zero gradient, and their norms see no data.
-        ValueError when a length is not B, or when nothing would run.
+        ValueError when a length is not B, or when nothing would run; TypeError for a mask that is a tensor.
         """
         self._check_input(x)
         names = self.gated_branches
         if gates is not None and gates.shape != (len(names),):
             raise ValueError(f"gates must be [{len(names)}] for {', '.join(names)}, got {tuple(gates.shape)}")
+        if isinstance(mask, Tensor):
+            raise TypeError("mask must be bools on the host, got a tensor: use tolist(), once for all blocks")
         if mask is not None and len(mask) != len(names):
             raise ValueError(f"mask must have {len(names)} entries for {', '.join(names)}, got {len(mask)}")
         running = []

@@ -253,9 +253,15 @@ class OREPAConv2d(RepBlock):
         """The kernel in the parameters' dtype: what a larger kernel is composed from."""
         return self._kernel(self.origin.dtype, torch.contiguous_format)
 
+    def wide_kernel(self) -> Tensor:
+        """The kernel in at least float32: what is folded further before it is rounded."""
+        wide = torch.promote_types(self.origin.dtype, torch.float32)
+        return self.squeezed_kernel(out_dtype=wide, memory_format=self.kernel_format())
+
     def kernel_dtype(self, device_type: str) -> torch.dtype:
         """The dtype conv2d computes in: autocast's for parameters it casts, else the parameters'."""
-        casts = self.follows_autocast and self.origin.dtype is not torch.float64
+        # Asked about "meta", torch raises instead of saying no.
+        casts = self.follows_autocast and self.origin.dtype is not torch.float64 and device_type != "meta"
         if casts and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.origin.dtype

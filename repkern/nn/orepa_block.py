@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from repkern.nn.block import RepBlock
+from repkern.nn.branch_sum import Branch, branch_norm_sum
 from repkern.nn.fold import KernelBias, compose_sequential, fuse_bn
-from repkern.nn.geometry import Geometry, Pair, check_geometry
+from repkern.nn.geometry import Geometry, Pair, check_dtype, check_geometry
+from repkern.nn.normed_sum import wide
 from repkern.nn.orepa import OREPAConv2d
 
 __all__ = ["FACTORS", "OREPABlock", "OREPADeepStem"]
@@ -28,6 +30,7 @@ class _NormedBlock(RepBlock):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        check_dtype(dtype)
         super().__init__(geometry, activation)
         self.bn: nn.Module = nn.BatchNorm2d(geometry.out_channels, device=device, dtype=dtype)
 
@@ -36,8 +39,22 @@ class _NormedBlock(RepBlock):
         self.bn = norm
         return True
 
-    def _normed(self, weight: Tensor) -> KernelBias:
-        return fuse_bn(weight, None, self.bn)
+    def _convolved(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, Ci, H, W] -> [N, Co, H', W']."""
+        self._check_input(x)
+        return branch_norm_sum(x, [Branch(self.bn, self._convolved)], self.activation)
+
+    def _wide_kernel(self) -> Tensor:
+        """[Co, Ci/g, K, K] before the norm, in at least float32."""
+        raise NotImplementedError
+
+    def _fold(self) -> KernelBias:
+        dtype = next(p.dtype for name, p in self.named_parameters() if not name.startswith("bn."))
+        weight, bias = fuse_bn(self._wide_kernel(), None, self.bn)
+        return weight.to(dtype), bias.to(dtype)
 
     def _set_kernel(self, weight: Tensor) -> None:
         """Make `weight` [Co, Ci/g, K, K] the kernel before the norm. ValueError for blocks that cannot."""
@@ -106,12 +123,11 @@ class OREPABlock(_NormedBlock):
             expansion=expansion,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, Ci, H, W] -> [N, Co, H', W']."""
-        return self._activate(self.bn(self.conv(x)))
+    def _convolved(self, x: Tensor) -> Tensor:
+        return self.conv(x)
 
-    def _fold(self) -> KernelBias:
-        return self._normed(self.conv._fold()[0])
+    def _wide_kernel(self) -> Tensor:
+        return self.conv.wide_kernel()
 
     def _set_kernel(self, weight: Tensor) -> None:
         self.conv.set_equivalent_kernel_bias(weight, None)
@@ -169,20 +185,18 @@ class OREPADeepStem(_NormedBlock):
 
     def composed_kernel(self) -> Tensor:
         """[Co, Ci/g, K, K], with a gradient to every factor."""
-        kernel, _ = self._factor(self.factors[0])
-        for factor in self.factors[1:]:
-            kernel, _ = compose_sequential((kernel, None), self._factor(factor), groups=self.groups)
+        factors: Any = self.factors
+        return self._composed([f.parameter_kernel() if isinstance(f, OREPAConv2d) else f.weight for f in factors])
+
+    def _wide_kernel(self) -> Tensor:
+        factors: Any = self.factors
+        return self._composed([f.wide_kernel() if isinstance(f, OREPAConv2d) else wide(f.weight) for f in factors])
+
+    def _composed(self, factors: Sequence[Tensor]) -> Tensor:
+        kernel = factors[0]
+        for factor in factors[1:]:
+            kernel, _ = compose_sequential((kernel, None), (factor, None), groups=self.groups)
         return kernel
 
-    @staticmethod
-    def _factor(factor: nn.Module) -> KernelBias:
-        if isinstance(factor, OREPAConv2d):
-            return factor.parameter_kernel(), None
-        return factor.weight, None  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, Ci, H, W] -> [N, Co, H', W']."""
-        return self._activate(self.bn(self._conv(x, self.composed_kernel(), None)))
-
-    def _fold(self) -> KernelBias:
-        return self._normed(self.composed_kernel())
+    def _convolved(self, x: Tensor) -> Tensor:
+        return self._conv(x, self.composed_kernel(), None)

@@ -66,7 +66,7 @@ class OREPARepVGGBlock(_OneDense):
         super().__init__(geometry, dense, activation, se, post_se, recompute, device, dtype)
 
     def _main_kernel(self) -> Tensor:
-        return self.dense._fold()[0]
+        return self.dense.wide_kernel()
 
     def _set_main_kernel(self, weight: Tensor) -> None:
         self.dense.set_equivalent_kernel_bias(weight, None)

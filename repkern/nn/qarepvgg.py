@@ -5,27 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn.branch_sum import Branch, branch_norm_sum
 from repkern.nn.custom_l2 import norm_factor
-from repkern.nn.fold import KernelBias, add_branches, fuse_bn, pad_to
+from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel, pad_to
 from repkern.nn.geometry import Pair, check_geometry
+from repkern.nn.inner_norm import averaged, averaging_kernel, convolve
 from repkern.nn.normed_sum import NormedSumBlock, plain_conv, solve_before_norm
 
 __all__ = ["QARepVGGBlock"]
 
 
 class QARepVGGBlock(NormedSumBlock):
-    """activation(se(post_bn( BN(KxK) + 1x1 [+ x when Ci = Co, stride 1 and the size is kept] ))).
+    """activation(se(post_bn( BN(KxK) + 1x1 [+ x] [+ average of x] ))).
 
-    The block of QARepVGG (paper 2212.01593; the released "V2", its default). Why INT8 likes it: in RepVGG each branch's
+    [+ x] is there when Ci = Co, the stride is 1 and the size is kept.
+
+    The block of QARepVGG (paper 2212.01593). Why INT8 likes it: in RepVGG each branch's
     BatchNorm has a scale gamma / sqrt(variance) of its own, and that of the identity branch, whose variance may be
     tiny in a channel, folds into a few huge weights per kernel, which one quantization step per tensor cannot serve.
     Here only the KxK branch has a norm, the other two add as they are, and the one norm after the sum gives the output
     a scale that training controls.
 
     Any odd K, stride, padding (None keeps the size at stride 1), dilation, groups and padding_mode. K = 1 has no 1x1
-    branch besides `dense`. se: channels that a squeeze-excite reduces to; it follows the norm, so that the fused block
-    computes the same (the released one puts it before the norm, and its conversion then changes the output).
+    branch besides `dense`. average: where x is added and K > 1, the mean of the K x K pixels under the kernel is added
+    too; it has no parameters (YOLOv6's QARepVGGBlockV2). se: channels that a squeeze-excite reduces to; it follows the
+    norm, so that the fused block computes the same (the released one puts it before the norm, and its conversion then
+    changes the output).
     recompute: "cheap" makes the 1x1 map again in the backward instead of keeping it.
     Submodules: `dense`, `dense_bn`, `pointwise`, `identity` (nn.Identity), `post_bn`, `se`, `activation`; one that is
     absent is None. Input [N, Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
@@ -44,6 +50,7 @@ class QARepVGGBlock(NormedSumBlock):
         activation: nn.Module | None = None,
         padding_mode: str = "zeros",
         recompute: str = "none",
+        average: bool = False,
         se: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -60,19 +67,26 @@ class QARepVGGBlock(NormedSumBlock):
                 in_channels, out_channels, 1, stride, groups=groups, bias=False, device=device, dtype=dtype
             )
         self.identity = nn.Identity() if self._keeps_positions else None
+        self.average = average and self.identity is not None and self.kernel_size[0] > 1
         self.post_bn: nn.Module = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def _branches(self) -> list[Branch]:
         branches = [Branch(self.dense_bn, self.dense)]
         if self.pointwise is not None:
             branches.append(Branch(None, self._pointwise_map, cheap=True))
+        if self.average:
+            branches.append(Branch(None, self._average_map, cheap=True))
         if self.identity is not None:
             branches.append(Branch(None))
         return branches
 
     def _pointwise_map(self, x: Tensor) -> Tensor:
         assert self.pointwise is not None
-        return self.pointwise(self._centre(x))
+        return pointwise_map(self.pointwise, self._centre(x))
+
+    def _average_map(self, x: Tensor) -> Tensor:
+        kernel = averaging_kernel(self.out_channels, self.kernel_size[0], x)
+        return convolve(self, x, kernel, None, self.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
@@ -92,7 +106,10 @@ class QARepVGGBlock(NormedSumBlock):
         folded: list[KernelBias] = []
         if self.pointwise is not None:
             folded.append((pad_to(self.pointwise.weight.to(like.dtype), self.kernel_size[0]), None))
-        if self.identity is not None:
+        if self.average:
+            diagonal = identity_kernel(self.in_channels, 1, self.groups, dtype=like.dtype, device=like.device)
+            folded.append(averaged((diagonal, None), self.kernel_size[0]))
+        if self.identity is not None:  # the last one, as custom_l2 knows
             folded.append((self._identity_kernel(like), None))
         return folded
 

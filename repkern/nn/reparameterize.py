@@ -14,13 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repkern.nn._surgery import replace_modules
 from repkern.nn.block import RepBlock
 from repkern.nn.group import ungroup_squeeze
-from repkern.nn.verify import Example, Reference, ReparameterizeReport, check_same_function
+from repkern.nn.verify import Example, Reference, ReparameterizeReport, check_in_float64, check_same_function
 
 __all__ = ["is_block", "reparameterize"]
 
 _Pick = Callable[[str, nn.Module], nn.Module | None]
 
 _logger = logging.getLogger("repkern")
+_SHOWN = 8
 
 
 def is_block(module: nn.Module) -> bool:
@@ -46,9 +47,9 @@ def reparameterize(
     kept. Idempotent: a model without blocks comes back unchanged.
 
     verify: example input, a tensor or a tuple of arguments. The model is run before and after, in eval mode without
-    gradients, and ValueError is raised, with the largest difference, where it is, the bound and the first block that
-    differs, when the two disagree by more than rounding; also, by name, for parameters or statistics that are NaN or
-    infinite.
+    gradients, in its own precision and, where it runs there, converted and compared in float64 as well. ValueError is
+    raised, with the largest difference, where it is, the bound and the first block that differs, when the two disagree
+    by more than rounding; also for parameters, statistics (by name) or outputs that are NaN or infinite.
     report: filled with what was converted and, with `verify`, the largest absolute and relative difference of every
     output and block; also when ValueError is raised. What it prints as is logged as well. Comparing the blocks takes
     longer than all else, so it is done for a report, or to name the block in the error.
@@ -65,10 +66,15 @@ def reparameterize(
         model = copy.deepcopy(model)
     try:
         reference = None if verify is None else Reference(model, verify)
+        if reference is not None:
+            reference.require_finite()
         ungroup_squeeze(model)
         model, block_of = _replace_blocks(model, report)
         if reference is not None:
             check_same_function(model, reference, block_of, report, with_blocks=with_blocks)
+            if reference.double is not None:
+                double, block_of = _replace_blocks(ungroup_squeeze(reference.double), ReparameterizeReport())
+                check_in_float64(double, reference, block_of, report)
     except ValueError as problem:
         raise ValueError(f"reparameterize: {problem}") from problem
     _logger.info("reparameterize: %s", report)
@@ -130,10 +136,17 @@ def _doubts_about(model: nn.Module) -> Iterator[str]:
     if untouched:
         yield (
             "these BatchNorms have never seen data (mean 0, variance 1), so what is folded is not what training would "
-            f"give: {', '.join(untouched)}"
+            f"give: {_some(untouched)}"
         )
     if broken:
-        yield f"these BatchNorms have NaN or infinite statistics: {', '.join(broken)}"
+        yield f"these BatchNorms have NaN or infinite statistics: {_some(broken)}"
+
+
+def _some(names: list[str]) -> str:
+    """The names, or the first of many and their number: a warning is read, a page of names is not."""
+    return (
+        ", ".join(names) if len(names) <= _SHOWN + 1 else f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
+    )
 
 
 def _is_fresh(norm: _BatchNorm) -> bool:

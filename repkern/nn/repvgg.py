@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn.branch_sum import Branch
 from repkern.nn.custom_l2 import equivalent_l2
 from repkern.nn.fold import KernelBias, fuse_bn, pad_to
@@ -45,7 +46,7 @@ class RepVGGForm(NormedSumBlock):
 
     def _pointwise_map(self, x: Tensor) -> Tensor:
         assert self.pointwise is not None
-        return self.pointwise(self._centre(x))
+        return pointwise_map(self.pointwise, self._centre(x))
 
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
         folded: list[KernelBias] = []

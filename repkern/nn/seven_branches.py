@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._pointwise import pointwise_map
 from repkern.nn.block import RepBlock
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, add_branches, compose_sequential, fuse_bn, pad_to
@@ -185,7 +186,7 @@ class SevenBranchBlock(NormedSumBlock):
 
     def _pointwise_map(self, x: Tensor) -> Tensor:
         assert self.pointwise is not None
-        return self.pointwise(self._centre(x))
+        return pointwise_map(self.pointwise, self._centre(x))
 
     def _average_map(self, x: Tensor) -> Tensor:
         kernel = averaging_kernel(self.out_channels, self.kernel_size[0], x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 
 from repkern.nn._surgery import names_of_modules
 
-__all__ = ["Difference", "Example", "Reference", "ReparameterizeReport", "check_same_function", "floating_tensors"]
+__all__ = [
+    "Difference",
+    "Example",
+    "Reference",
+    "ReparameterizeReport",
+    "arguments",
+    "check_in_float64",
+    "check_same_function",
+    "floating_tensors",
+]
 
 Example = Tensor | Sequence[Any]
 
@@ -87,6 +97,11 @@ class Difference:
         """False also for a difference that is NaN."""
         return self.absolute <= self.bound
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values; an infinite number as a string."""
+        values = asdict(self) | {"relative": self.relative, "within_bound": self.within_bound}
+        return {name: str(value) if value in (math.inf, -math.inf) else value for name, value in values.items()}
+
     def __str__(self) -> str:
         kind = f" ({self.kind})" if self.kind else ""
         return (
@@ -101,19 +116,26 @@ class ReparameterizeReport:
 
     converted: name of every block -> its class, in registration order. warnings: their texts. With verify: outputs,
     one `Difference` each; blocks, each on the input it had in the plain model, in calling order, of several calls the
-    worst; float64: whether the training form ran in float64, so that its own rounding is known.
+    worst; in_float64: the outputs of a float64 copy of the model, converted in float64, against the same copy before.
+    What is left there is no rounding of the model's own precision. Empty where float64 does not run, and for float64
+    models, whose `outputs` say it.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     outputs: list[Difference] = field(default_factory=list)
     blocks: list[Difference] = field(default_factory=list)
-    float64: bool = False
+    in_float64: list[Difference] = field(default_factory=list)
 
     @property
     def worst_output(self) -> Difference | None:
         """The output with the largest relative difference; None without verify."""
         return max(self.outputs, key=lambda output: output.relative, default=None)
+
+    @property
+    def worst_in_float64(self) -> Difference | None:
+        """The output with the largest relative difference in float64; None where that was not compared."""
+        return max(self.in_float64, key=lambda output: output.relative, default=None)
 
     @property
     def worst_block(self) -> Difference | None:
@@ -127,46 +149,65 @@ class ReparameterizeReport:
 
     def as_json(self) -> dict[str, Any]:
         """Everything as JSON values (infinite differences as strings)."""
-        worst = {"worst_output": self.worst_output, "worst_block": self.worst_block, "first_beyond": self.first_beyond}
+        names = ("worst_output", "worst_in_float64", "worst_block", "first_beyond")
+        worst: dict[str, Difference | None] = {name: getattr(self, name) for name in names}
         return {
             "converted": self.converted,
             "warnings": self.warnings,
-            "outputs": [_as_json(output) for output in self.outputs],
-            "float64": self.float64,
-            **{name: None if difference is None else _as_json(difference) for name, difference in worst.items()},
+            "outputs": [output.as_json() for output in self.outputs],
+            **{name: None if difference is None else difference.as_json() for name, difference in worst.items()},
         }
 
     def __str__(self) -> str:
         lines = [f"converted {len(self.converted)} blocks"]
         lines += [f"  {output}" for output in self.outputs]
+        lines += [f"  in float64, {output}" for output in self.in_float64]
         if self.worst_block is not None:
             lines.append(f"  worst block {self.worst_block}")
         return "\n".join(lines)
 
 
-def _as_json(difference: Difference) -> dict[str, Any]:
-    values = asdict(difference) | {"relative": difference.relative, "within_bound": difference.within_bound}
-    return {name: str(value) if value in (float("inf"), float("-inf")) else value for name, value in values.items()}
+def arguments(example: Example) -> tuple[Any, ...]:
+    """The example as the arguments of a call. TypeError for what is neither a tensor nor a sequence."""
+    if isinstance(example, Tensor):
+        return (example,)
+    if not isinstance(example, Sequence) or isinstance(example, str):
+        raise TypeError(f"the example must be a tensor or a tuple of arguments, got {type(example).__name__}")
+    return tuple(example)
 
 
 class Reference:
-    """The outputs of the training form on an example, in its own precision and in float64 where it runs there."""
+    """The outputs of the training form on an example, in its own precision and in float64 where it runs there.
+
+    double: the float64 copy it ran in, `exact` its outputs; None both where float64 does not run or is the model's own.
+    """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
+        self.args = arguments(example)
         _raise_on_nonfinite(model)
-        self.args: Sequence[Any] = (example,) if isinstance(example, Tensor) else tuple(example)
         self.outputs = _run(model, self.args)
         if not self.outputs:
             raise ValueError("the model returns no floating-point tensor to verify")
-        self.exact = self._in_float64(model)
+        self.double: nn.Module | None = None
+        self.exact: list[Tensor] | None = None
+        if any(output.dtype is not torch.float64 for output in self.outputs):
+            self._run_in_float64(model)
 
-    def _in_float64(self, model: nn.Module) -> list[Tensor] | None:
-        if all(output.dtype is torch.float64 for output in self.outputs):
-            return None
+    def _run_in_float64(self, model: nn.Module) -> None:
         try:
-            return _run(copy.deepcopy(model).double(), _double(self.args))
+            double = copy.deepcopy(model).double()
+            self.exact = _run(double, _double(self.args))
+            self.double = double
         except Exception:  # user code may insist on a dtype, and a device may lack float64
-            return None
+            self.double = self.exact = None
+
+    def require_finite(self) -> None:
+        """ValueError when the training form overflows on the example: no difference says anything then."""
+        if not all(bool(torch.isfinite(output).all()) for output in self.outputs):
+            raise ValueError(
+                f"the training form itself gives NaN or infinite values on the example, in {self.outputs[0].dtype}; "
+                "verification is meaningless"
+            )
 
     def differences(self, outputs: Sequence[Tensor], names: Sequence[str], kind: str = "") -> list[Difference]:
         """How far `outputs` (as many as the reference's, of the same shapes, on the CPU) are from the reference."""
@@ -223,18 +264,49 @@ def check_same_function(
     done in any case when an output is beyond its bound, to say which block it comes from.
     """
     outputs = _run(model, reference.args)
-    names = [f"output {at}" for at in range(len(outputs))] if len(outputs) > 1 else ["the output"]
-    report.float64 = reference.exact is not None
-    report.outputs = reference.differences(outputs, names)
+    report.outputs = reference.differences(outputs, _names(outputs))
     beyond = next((output for output in report.outputs if not output.within_bound), None)
     if with_blocks or beyond is not None:
         report.blocks = _compare_blocks(model, reference.args, block_of)
     if beyond is not None:
-        first = report.first_beyond
-        where = "no single block differs by itself, so something outside the blocks changed"
-        if first is not None:
-            where = f"the first block that differs is {first}"
-        raise ValueError(f"the plain model differs from the training form: {beyond}; {where}")
+        raise ValueError(f"the plain model differs from the training form: {beyond}; {_where(report.first_beyond)}")
+
+
+def check_in_float64(
+    double: nn.Module, reference: Reference, block_of: dict[nn.Module, nn.Module], report: ReparameterizeReport
+) -> None:
+    """Enter into `report` how far the converted float64 copy `double` is from what the copy computed before.
+
+    ValueError beyond rounding, which in float64 is far below what a wrong constant or border changes.
+    """
+    assert reference.exact is not None
+    args = _double(reference.args)
+    outputs = _run(double, args)
+    unit = torch.finfo(torch.float64).eps
+    for name, output, exact, trained in zip(_names(outputs), outputs, reference.exact, reference.outputs, strict=True):
+        absolute, index = _worst(output - exact)
+        # As many units as the training form is off in its own precision: an ill-conditioned model is so in both.
+        own = _SLACK * _largest(trained.double() - exact) / torch.finfo(trained.dtype).eps
+        bound = unit * max(_WITHOUT_REFERENCE * _largest(exact), own)
+        report.in_float64.append(Difference(name, "", absolute, _largest(exact), bound, index))
+    beyond = next((output for output in report.in_float64 if not output.within_bound), None)
+    if beyond is not None:
+        blocks = _compare_blocks(double, args, block_of)
+        first = next((block for block in blocks if not block.within_bound), None)
+        raise ValueError(
+            f"the plain model differs from the training form by more than rounding, as float64 shows: {beyond}; "
+            f"{_where(first)}"
+        )
+
+
+def _names(outputs: Sequence[Tensor]) -> list[str]:
+    return [f"output {at}" for at in range(len(outputs))] if len(outputs) > 1 else ["the output"]
+
+
+def _where(first: Difference | None) -> str:
+    if first is None:
+        return "no single block differs by itself, so something outside the blocks changed"
+    return f"the first block that differs is {first}"
 
 
 def _compare_blocks(model: nn.Module, args: Sequence[Any], block_of: dict[nn.Module, nn.Module]) -> list[Difference]:

@@ -28,6 +28,7 @@ struct Math<float> {
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   static Reg exp(Reg a) { return exp_of<Math>(a, 0.0f); }
+  static void fence() { _mm_sfence(); }
 };
 
 template <>
@@ -49,10 +50,15 @@ struct Math<double> {
     return _mm256_mul_pd(a, _mm256_castsi256_pd(_mm256_slli_epi64(biased, 52)));
   }
   static Reg exp(Reg a) { return exp_of<Math>(a, 0.0); }
+  static void fence() { _mm_sfence(); }
 };
 
 template <class X>
-struct Io : Vec<X> {};
+struct Io : Vec<X> {
+  static constexpr int kStreamAlignment = 32;
+  static void stream(float* p, __m256 r) { _mm256_stream_ps(p, r); }
+  static void stream(double* p, __m256d r) { _mm256_stream_pd(p, r); }
+};
 
 // A part of a vector goes through a buffer: there is no masked move of 16-bit elements.
 template <class X, class Own>
@@ -68,6 +74,8 @@ struct HalfIo {
     return load(part);
   }
   static void store(X* p, Reg r) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), Own::narrow(r)); }
+  static constexpr int kStreamAlignment = 16;
+  static void stream(X* p, Reg r) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), Own::narrow(r)); }
   static void store_n(X* p, Reg r, int64_t n) {
     if (n >= V::width) return store(p, r);
     X part[V::width];

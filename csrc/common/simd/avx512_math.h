@@ -29,6 +29,7 @@ struct Math<float> {
   static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg scale_by_power(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
   static Reg exp(Reg a) { return exp_of<Math>(a, 0.0f); }
+  static void fence() { _mm_sfence(); }
 };
 
 template <>
@@ -50,10 +51,15 @@ struct Math<double> {
   static Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg scale_by_power(Reg a, Reg n) { return _mm512_scalef_pd(a, n); }
   static Reg exp(Reg a) { return exp_of<Math>(a, 0.0); }
+  static void fence() { _mm_sfence(); }
 };
 
 template <class X>
-struct Io : Vec<X> {};
+struct Io : Vec<X> {
+  static constexpr int kStreamAlignment = 64;
+  static void stream(float* p, __m512 r) { _mm512_stream_ps(p, r); }
+  static void stream(double* p, __m512d r) { _mm512_stream_pd(p, r); }
+};
 
 template <class X, class Own>
 struct HalfIo {
@@ -63,6 +69,8 @@ struct HalfIo {
   static Reg load(const X* p) { return Own::wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Reg load_n(const X* p, int64_t n) { return Own::wide(_mm256_maskz_loadu_epi16(V::mask(n), p)); }
   static void store(X* p, Reg r) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), Own::narrow(r)); }
+  static constexpr int kStreamAlignment = 32;
+  static void stream(X* p, Reg r) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), Own::narrow(r)); }
   static void store_n(X* p, Reg r, int64_t n) { _mm256_mask_storeu_epi16(p, V::mask(n), Own::narrow(r)); }
 };
 

@@ -42,10 +42,16 @@ struct Math {
   static Reg exp(Reg a) {
     return each([&](int j) { return std::exp(a[j]); });
   }
+  // After streaming stores, before another thread may read what they wrote.
+  static void fence() {}
 };
 
+// `stream` stores past the caches, `p` aligned to kStreamAlignment bytes.
 template <class X>
-struct Io : Vec<X> {};
+struct Io : Vec<X> {
+  static constexpr int kStreamAlignment = 1;
+  static void stream(X* p, typename Vec<X>::Reg r) { Vec<X>::store(p, r); }
+};
 
 template <class X>
 struct HalfIo {
@@ -63,7 +69,9 @@ struct HalfIo {
     for (int j = 0; j < V::width && j < n; ++j) r[j] = value(p[j]);
     return r;
   }
+  static constexpr int kStreamAlignment = 1;
   static void store(X* p, Reg r) { store_n(p, r, V::width); }
+  static void stream(X* p, Reg r) { store(p, r); }
   static void store_n(X* p, Reg r, int64_t n) {
     for (int j = 0; j < V::width && j < n; ++j) p[j].bits = bits(r[j], X{});
   }

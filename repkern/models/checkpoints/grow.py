@@ -30,6 +30,7 @@ _LAST_NORMS = {
 }
 _PARTS = ("running_mean", "weight")
 _MARK = "dbb_kxk.bn.running_mean"
+_DEPLOYED = "conv_deployed"
 _NESTED = {"dbb_kxk.conv": "dense", "dbb_1x1_kxk.conv2": "expand"}
 
 
@@ -72,22 +73,27 @@ class Growth:
 
     tensors: the checkpoint's, its layers by the model's names and its blocks by DyRep's. A convolution (inside a
     ConvNormAct too, which then becomes a sequence of the same names) becomes a DyRepBlock of the branches the tensors
-    have, blocks inside blocks included; one that was cut to a convolution with bias gets a bias. Blocks that are as
-    they should be stay. The new values are for the caller to load.
+    have, blocks inside blocks included; one that was cut to a convolution with bias, or deployed, gets a bias. Blocks
+    that are as they should be stay. The new values are for the caller to load.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.model = model
+        self.model = self._given = model
         self._changes: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
-        blocks = _blocks(tensors)
+        self._blocks = _blocks(tensors)
         try:
-            for prefix, branches in blocks.items():
+            for prefix, branches in self._blocks.items():
                 internal = tensors.get(f"{prefix}dbb_1x1_kxk.conv1.weight")
                 self._grow(prefix, branches, None if internal is None else internal.shape[0])
             self._add_biases(tensors)
         except BaseException:
             self.undo()
             raise
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model has other layers now."""
+        return bool(self._changes) or self.model is not self._given
 
     def undo(self) -> None:
         """Make the model what it was."""
@@ -103,27 +109,34 @@ class Growth:
     def _grow(self, prefix: str, branches: Sequence[str], internal: int | None) -> None:
         path = _our_path(prefix)
         old = _module_at(self.model, path)
-        if isinstance(old, DyRepBlock) and set(old.branches) == set(branches):
+        if isinstance(old, DyRepBlock) and self._is_as_stored(old, prefix, branches, internal):
             return
         if not isinstance(old, (nn.Conv2d, DyRepBlock)):
             kind = "nothing" if old is None else type(old).__name__
             raise ValueError(
                 f"the checkpoint has a DyRep block at {path or '(root)'}, where the model has {kind} and no nn.Conv2d"
             )
+        kept: dict[str, Any] = {}
+        if isinstance(old, DyRepBlock):
+            kept = {name: getattr(old, name) for name in ("activation", "border", "recompute")}
         block = DyRepBlock(
-            **_geometry(old),
-            padding_mode=old.padding_mode,
-            activation=old.activation if isinstance(old, DyRepBlock) else None,
-            branches=branches,
-            internal_channels=internal,
+            **_geometry(old), padding_mode=old.padding_mode, branches=branches, internal_channels=internal, **kept
         )
         trained = any(parameter.requires_grad for parameter in old.parameters())
         self._put(path, old, block.train(old.training).requires_grad_(trained))
 
+    def _is_as_stored(self, block: DyRepBlock, prefix: str, branches: Sequence[str], internal: int | None) -> bool:
+        nested = all(
+            isinstance(getattr(block, ours), DyRepBlock) == (f"{prefix}{released}." in self._blocks)
+            for released, ours in _NESTED.items()
+        )
+        return nested and set(block.branches) == set(branches) and internal in (None, block.internal_channels)
+
     def _add_biases(self, tensors: Mapping[str, Tensor]) -> None:
         for name in tensors:
-            path = name.removesuffix("bias").rstrip(".")
-            conv = _module_at(self.model, path) if name in (f"{path}.bias", "bias") else None
+            path, _, last = name.rpartition(".")
+            path = path.removesuffix(_DEPLOYED).rstrip(".")
+            conv = _module_at(self.model, path) if last == "bias" else None
             if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
                 continue
             new = nn.utils.skip_init(nn.Conv2d, **_geometry(conv), bias=True, padding_mode=conv.padding_mode)

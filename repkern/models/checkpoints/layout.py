@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "CONV_BN",
     "CONV_BN_DEPLOYED",
     "SE",
     "Block",
@@ -131,9 +132,13 @@ CONV_BN_DEPLOYED = replace(
 )
 
 
+#: Convolution, norm and activation, and squeeze-excite as in RepOptimizers.
+CONV_BN = replace(renamed({"conv": "conv", "bn": "bn", **SE}, "conv.weight", needs=("bn.running_mean",)), telling=False)
+
+
 @dataclass(frozen=True)
 class Found:
-    """A block of a checkpoint: the prefix it has, its layout, whether it is deployed, and its names in our layout."""
+    """A block of a checkpoint: its prefix, its layout ("" for a common one), whether it is deployed, its names here."""
 
     prefix: str
     layout: str
@@ -170,14 +175,15 @@ def _has(tensors: Mapping[str, Tensor], prefix: str, pattern: str) -> bool:
 def convert_blocks(
     tensors: Mapping[str, Tensor], layouts: Sequence[Layout], model_names: Collection[str] = ()
 ) -> Conversion:
-    """Bring every block of these layouts to our names, under the prefix it has. Other names stay.
+    """Bring every block of these layouts to our names, under the prefix it has. Other names stay, and the order.
 
     model_names: the names of the model's state_dict; they tell whether a convolution, or a whole block, sits in `conv`
     beside an activation. Blocks inside blocks are converted first. ValueError, naming the block, when one of its
-    tensors is absent.
+    tensors is absent or has a shape that fits no such block.
     """
     done = Conversion({})
     left = dict(tensors)
+    position = {name: at for at, name in enumerate(tensors)}
     found = [
         (prefix, rule, layout)
         for layout in layouts
@@ -185,7 +191,7 @@ def convert_blocks(
         for prefix in dict.fromkeys(_prefixes(rule, left))
     ]
     # Stable: of two rules that claim one prefix the first wins, since it takes the names away.
-    for prefix, rule, layout in sorted(found, key=lambda block: (not block[1].before_inner, -block[0].count("."))):
+    for prefix, rule, layout in sorted(found, key=_order):
         own = re.compile(f"{re.escape(prefix)}(?:{rule.keys})")
         block = {name.removeprefix(prefix): tensor for name, tensor in left.items() if own.fullmatch(name)}
         if not any(re.fullmatch(rule.mark, name) for name in block):
@@ -194,15 +200,24 @@ def convert_blocks(
             ours = rule.convert(block)
         except KeyError as absent:
             raise ValueError(f"block {prefix.rstrip('.') or '(root)'}: {absent} is absent") from None
+        except (RuntimeError, IndexError, ValueError) as problem:
+            raise ValueError(f"block {prefix.rstrip('.') or '(root)'}: its tensors do not fit ({problem})") from problem
         for name in block:
             del left[prefix + name]
             if rule.dropped is not None and re.fullmatch(rule.dropped, name):
                 done.left_out.append(prefix + name)
         placed = _placed(prefix, ours, rule, model_names)
-        done.blocks.append(Found(prefix, layout.name, rule.deployed, tuple(placed)))
+        done.blocks.append(Found(prefix, layout.name if rule.telling else "", rule.deployed, tuple(placed)))
         left |= placed
-    done.tensors = left
+        position |= dict.fromkeys(placed, min(position[prefix + name] for name in block))
+    done.tensors = {name: left[name] for name in sorted(left, key=position.__getitem__)}
     return done
+
+
+def _order(found: tuple[str, BlockRule, Layout]) -> tuple[bool, bool, int]:
+    """Blocks that only one code base has come first, inner ones before those around them."""
+    prefix, rule, _ = found
+    return not rule.telling, not rule.before_inner, -prefix.count(".")
 
 
 def _placed(prefix: str, ours: Block, rule: BlockRule, model_names: Collection[str]) -> Block:

@@ -22,6 +22,8 @@ __all__ = ["LAYOUTS", "load_checkpoint"]
 
 _logger = logging.getLogger("repkern")
 _StateDict = dict[str, Tensor]
+_DESCRIPTION = "repkern"  # what repkern.models.save writes beside the tensors; `repkern.models.load` reads it
+_LISTED = 8
 
 
 def load_checkpoint(
@@ -50,15 +52,16 @@ def load_checkpoint(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     report = LoadReport() if report is None else report
     checkpoint = read_checkpoint(path_or_dict, ema=ema)
-    report.beside = sorted(checkpoint.beside)
-    if layout == SCALES.name or model is None:
-        converted = _convert(checkpoint, None if model is None else _unwrapped(model), layout, report)
-        if layout != SCALES.name:
-            return converted.tensors
-        scales = checked_scales(converted, None if model is None else _unwrapped(model), report, strict=strict)
-        _logger.info("load_checkpoint: %s", report)
-        return scales
-    return _load(checkpoint, model, layout, report, strict=strict)
+    report.beside = sorted(name for name in checkpoint.beside if name != _DESCRIPTION)
+    if model is not None and layout != SCALES.name:
+        return _load(checkpoint, model, layout, report, strict=strict)
+    inner = None if model is None else _unwrapped(model)
+    converted = _convert(checkpoint, inner, layout, report)
+    if layout == SCALES.name:
+        converted.tensors = checked_scales(converted, inner, report, strict=strict)
+    report.loaded = list(converted.tensors)
+    _tell(report, converted.left_out)
+    return converted.tensors
 
 
 def _load(checkpoint: Checkpoint, model: nn.Module, layout: str, report: LoadReport, *, strict: bool) -> nn.Module:
@@ -66,6 +69,10 @@ def _load(checkpoint: Checkpoint, model: nn.Module, layout: str, report: LoadRep
     growth = _grown(checkpoint, inner, layout)
     target = inner if growth is None else growth.model
     try:
+        if growth is not None and growth.changed and inner is not model:
+            raise ValueError(
+                f"the checkpoint changes layers of the model (DyRep): load it before {type(model).__name__} wraps it"
+            )
         converted = _convert(checkpoint, target, layout, report)
         matched = match(converted, target, report, strict=strict)
         target.load_state_dict(matched, strict=False)
@@ -75,8 +82,16 @@ def _load(checkpoint: Checkpoint, model: nn.Module, layout: str, report: LoadRep
         raise
     if growth is not None:
         growth.finish()
-    _logger.info("load_checkpoint: %s", report)
+    _tell(report, converted.left_out)
     return target if inner is model else model
+
+
+def _tell(report: LoadReport, left_out: list[str]) -> None:
+    """Log the whole report, and tensors that have no place in ours so that nobody misses it."""
+    if left_out:
+        listed = ", ".join(left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
+        _logger.warning("load_checkpoint: %d tensors have no place here and are left out: %s", len(left_out), listed)
+    _logger.info("load_checkpoint: %s", report)
 
 
 def _grown(checkpoint: Checkpoint, model: nn.Module, layout: str) -> Growth | None:
@@ -111,12 +126,14 @@ def _convert(checkpoint: Checkpoint, model: nn.Module | None, layout: str, repor
         report.layouts = ["repkern"]
         return Conversion(tensors)
     layouts = _layouts(tensors, model, layout)
-    renamed, left_out = rename_network(tensors, None if model is None else _modules(model))
+    certain = layouts != [SCALES]
+    renamed, left_out = rename_network(tensors, None if model is None else _modules(model), certain=certain)
     converted = convert_blocks(renamed, layouts, names)
     if any(block.deployed for block in converted.blocks):
         fold_norms(converted, names)
     converted.left_out += left_out
-    report.layouts = sorted({block.layout for block in converted.blocks}) or ["repkern"]
+    found = {block.layout for block in converted.blocks} - {""}
+    report.layouts = sorted(found) or ["repkern" if layout == "auto" else layout]
     report.left_out = list(converted.left_out)
     return converted
 

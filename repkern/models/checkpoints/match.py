@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ class LoadReport:
     layouts: of the blocks; beside: entries next to the tensors (optimizer, epoch) that are not read; left_out: tensors
     that have no place in ours; missing, unexpected: names only the model, or only the checkpoint has; mismatched: name
     -> (shape in the checkpoint, shape in the model); counts: norms' counts of batches that older files do not have,
-    set to 0; loaded: names that were loaded.
+    set to 0; loaded: names that were loaded, or without a model converted.
     """
 
     layouts: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class LoadReport:
         return lines
 
     def __str__(self) -> str:
-        lines = [f"loaded {len(self.loaded)} tensors (layout {', '.join(self.layouts)})"]
+        lines = [f"{len(self.loaded)} tensors (layout {', '.join(self.layouts)})"]
         if self.beside:
             lines.append(f"not read: {', '.join(self.beside)}")
         if self.counts:
@@ -77,7 +77,7 @@ def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict
     }
     matched = {name: t for name, t in tensors.items() if name in known and name not in report.mismatched}
     report.loaded = list(matched)
-    complain([*_explanation(converted.blocks, wanted), *report.problems], model, len(report.problems), strict=strict)
+    complain([*_explanation(converted, wanted), *report.problems], model, len(report.problems), strict=strict)
     return matched
 
 
@@ -104,33 +104,38 @@ def _without_place(model: nn.Module, names: list[str]) -> list[str]:
     return [name for name in names if name in whole]
 
 
-def _explanation(blocks: list[Found], wanted: Mapping[str, Tensor]) -> list[str]:
+_MIXED_UP = {
+    True: "{} deployed in the checkpoint and in training form here: load it into the plain model, "
+    'create_model(..., block="plain") or repkern.reparameterize(model)',
+    False: "{} in training form in the checkpoint and deployed here: load it before repkern.reparameterize",
+}
+
+
+def _explanation(converted: Conversion, wanted: Mapping[str, Tensor]) -> list[str]:
     """What a user most likely mixed up: a deployed checkpoint and a model in training form, or the reverse."""
     lines = []
-    for deployed, got, other, advice in (
-        (
-            True,
-            "deployed",
-            "in training form",
-            'load it into the plain model, create_model(..., block="plain") or repkern.reparameterize(model)',
-        ),
-        (False, "in training form", "deployed", "load it before repkern.reparameterize"),
-    ):
-        foreign = [
-            block
-            for block in blocks
-            if block.deployed is deployed
-            and not any(name in wanted for name in block.names)
-            and _is_plain(block.prefix, wanted) is not deployed
-            and any(name.startswith(block.prefix) for name in wanted)
+    for deployed, text in _MIXED_UP.items():
+        prefixes = [
+            block.prefix for block in converted.blocks if block.deployed is deployed and _is_mixed_up(block, wanted)
         ]
-        if foreign:
-            where = foreign[0].prefix.rstrip(".") or "the root"
-            lines.append(
-                f"{len(foreign)} blocks (first {where}) are {got} in the checkpoint and {other} here: {advice}"
-            )
+        if prefixes:
+            first = next(prefix for name in wanted for prefix in prefixes if name.startswith(prefix))
+            lines.append(text.format(f"{len(prefixes)} blocks (first {first.rstrip('.') or 'the root'}) are"))
+    # Files in our own names have no blocks to convert.
+    norms = (_norms(converted.tensors), _norms(wanted))
+    if not converted.blocks and any(norms) and not all(norms):
+        lines.append(_MIXED_UP[not norms[0]].format("all blocks are"))
     return lines
 
 
-def _is_plain(prefix: str, wanted: Mapping[str, Tensor]) -> bool:
-    return any(f"{prefix}{place}weight" in wanted and f"{prefix}{place}bias" in wanted for place in ("", "conv."))
+def _norms(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.endswith("running_mean")}
+
+
+def _is_mixed_up(block: Found, wanted: Mapping[str, Tensor]) -> bool:
+    """Whether the model has norms that a deployed block has not, or a trained block has norms and the model none."""
+    here = [name for name in wanted if name.startswith(block.prefix)]
+    norms = _norms(here)
+    if block.deployed:
+        return bool(norms - set(block.names)) and not set(block.names) <= set(here)
+    return bool(here) and not norms and bool(_norms(block.names))

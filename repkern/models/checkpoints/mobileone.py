@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from repkern.models.checkpoints.layout import Layout, deployed, renamed
 
-__all__ = ["MOBILEONE"]
+__all__ = ["DEPLOYED", "MOBILEONE"]
 
 _SE = {"se.reduce": "se.down", "se.expand": "se.up"}
+#: The deployed block, which timm names alike but for its squeeze-excite.
+DEPLOYED = deployed("reparam_conv", {**_SE, "attn.fc1": "se.down", "attn.fc2": "se.up"}, activated=True)
 
 MOBILEONE = Layout(
     "mobileone",
@@ -23,6 +25,6 @@ MOBILEONE = Layout(
             },
             "rbr_conv.0.conv.weight",
         ),
-        deployed("reparam_conv", _SE, activated=True),
+        DEPLOYED,
     ),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from repkern.models.checkpoints.layout import inside
 
 __all__ = ["NAMINGS", "Naming", "Rename", "rename_network"]
 
@@ -19,16 +21,16 @@ class Naming:
     """How one released network names its layers.
 
     marks: patterns of beginnings, each of which some name has. head: the one that makes it certain, for checkpoints
-    without a model to look at. rename: from all names of the network, how each is renamed.
+    without a model to look at. rename: from all tensors of the network, how each is renamed.
     """
 
     name: str
     marks: tuple[str, ...]
     head: str
-    rename: Callable[[Sequence[str]], Rename]
+    rename: Callable[[Mapping[str, Tensor]], Rename]
 
 
-def _replacing(*table: tuple[str, str | None]) -> Callable[[Sequence[str]], Rename]:
+def _replacing(*table: tuple[str, str | None]) -> Callable[[Mapping[str, Tensor]], Rename]:
     """The first pattern that a name begins with is replaced; None leaves the name out."""
     compiled = [(re.compile(pattern), new) for pattern, new in table]
 
@@ -52,7 +54,7 @@ _AROUND = _replacing(
 )
 
 
-def _stages(names: Sequence[str]) -> Rename:
+def _stages(names: Mapping[str, Tensor]) -> Rename:
     """Stage N becomes stages.(N-1); RepVGGplus cuts its third in two, which are counted on."""
     around = _AROUND(names)
     first = {found[3] for found in map(_STAGE.match, names) if found and found[2] == "first"}
@@ -67,20 +69,24 @@ def _stages(names: Sequence[str]) -> Rename:
     return rename
 
 
-def _repnas(names: Sequence[str]) -> Rename:
-    """features.0 is the stem; a stage begins where a block has stride 2, and so no skip."""
-    layers = sorted({int(found[1]) for found in (re.match(r"features\.(\d+)\.", name) for name in names) if found})
-    skips = {int(found[1]) for found in (re.match(r"features\.(\d+)\.skip_connect\.", name) for name in names) if found}
-    around = _replacing((r"linear\.", "head."), (r"alphas$", None))(names)
+def _repnas(tensors: Mapping[str, Tensor]) -> Rename:
+    """features.0 is the stem, features.1 begins the first stage, and every other stage begins where Co changes."""
+    kernels = {
+        int(found[1]): tensors[found[0]]
+        for found in map(re.compile(r"features\.(\d+)\.conv\.(?:conv\.)?weight").fullmatch, tensors)
+        if found
+    }
+    around = _replacing((r"linear\.", "head."), (r"alphas$", None))(tensors)
     places: dict[int, str] = {}
     stage = at = -1
-    for layer in layers:
-        stage, at = (stage, at + 1) if layer in skips else (stage + 1, 0)
+    for layer in sorted(kernels):
+        begins = layer < 2 or len(kernels[layer]) != len(kernels.get(layer - 1, ()))
+        stage, at = (stage + 1, 0) if begins else (stage, at + 1)
         places[layer] = "stem" if layer == 0 else f"stages.{stage - 1}.{at}"
 
     def rename(name: str) -> str | None:
         found = re.match(r"features\.(\d+)\.", name)
-        if found:
+        if found and int(found[1]) in places:
             return f"{places[int(found[1])]}.{name[found.end() :]}"
         return around(name)
 
@@ -91,7 +97,7 @@ def _repnas(names: Sequence[str]) -> Rename:
 _MOBILENET_STAGES = (1, 2, 2, 6, 2)
 
 
-def _mobilenet(names: Sequence[str]) -> Rename:
+def _mobilenet(names: Mapping[str, Tensor]) -> Rename:
     places = [f"stages.{stage}.{at}" for stage, count in enumerate(_MOBILENET_STAGES) for at in range(count)]
     around = _replacing((r"conv1\.", "stem."), (r"linear\.", "head."))(names)
 
@@ -104,7 +110,7 @@ def _mobilenet(names: Sequence[str]) -> Rename:
     return rename
 
 
-def _torchvision(names: Sequence[str]) -> Rename:
+def _torchvision(names: Mapping[str, Tensor]) -> Rename:
     around = _replacing(
         (r"conv1\.", "stem.conv."),
         (r"bn1\.", "stem.bn."),
@@ -123,7 +129,7 @@ def _torchvision(names: Sequence[str]) -> Rename:
     return rename
 
 
-def _repghost(names: Sequence[str]) -> Rename:
+def _repghost(names: Mapping[str, Tensor]) -> Rename:
     last = max((int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", name) for name in names) if found), default=-1)
     unit = r"blocks\.(\d+)\.(\d+)\."
     return _replacing(
@@ -149,7 +155,7 @@ NAMINGS = (
     Naming("stages", (r"stage0\.", r"stage1\."), r"linear\.weight", _stages),
     Naming("repnas", (r"features\.0\.(?:_ops|conv|skip_connect)\.",), r"linear\.weight", _repnas),
     Naming("mobilenet", (r"conv1\.", r"stem\.0\.depthwise\.", r"stem\.0\.pointwise\."), r"linear\.weight", _mobilenet),
-    Naming("repghost", (r"conv_stem\.", r"blocks\.0\.0\.ghost1\."), r"classifier\.weight", _repghost),
+    Naming("repghost", (r"blocks\.\d+\.\d+\.ghost1\.",), r"classifier\.weight", _repghost),
     Naming("torchvision", (r"conv1\.", r"layer1\.0\.conv1\."), r"fc\.weight", _torchvision),
     Naming(
         "timm", (r"stem\.", r"stages\.0\.", r"head\.fc\."), r"head\.fc\.weight", _replacing((r"head\.fc\.", "head."))
@@ -158,18 +164,19 @@ NAMINGS = (
 
 
 def rename_network(
-    tensors: Mapping[str, Tensor], modules: Collection[str] | None = None
+    tensors: Mapping[str, Tensor], modules: Collection[str] | None = None, *, certain: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors by the names that suit the model best, names for which ours has no place).
 
     modules: dotted names of the model's modules; the naming under which most of the checkpoint finds its module wins,
-    and none at all where the names already do. None (no model): the first naming that certainly is the checkpoint's.
+    and none at all where the names already do. None (no model): the first naming that certainly is the checkpoint's, or
+    with certain=False that may be.
     """
     best: tuple[dict[str, Tensor], list[str]] = (dict(tensors), [])
     known = None if modules is None else set(modules)
     score = 0 if known is None else _reach(tensors, known)
     for naming in NAMINGS:
-        for prefix in _prefixes(naming, tensors, certain=known is None):
+        for prefix in _prefixes(naming, tensors, certain=certain and known is None):
             candidate = _applied(naming, prefix, tensors)
             if candidate is None:
                 continue
@@ -183,7 +190,7 @@ def rename_network(
 
 def _applied(naming: Naming, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]] | None:
     """None where two tensors would get one name, which never happens to the network that the naming is for."""
-    rename = naming.rename([name.removeprefix(prefix) for name in tensors if name.startswith(prefix)])
+    rename = naming.rename(inside(prefix, tensors))
     renamed: dict[str, Tensor] = {}
     left_out: list[str] = []
     for name, tensor in tensors.items():

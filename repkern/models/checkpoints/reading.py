@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +38,12 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], *, ema: bool = False
     """
     if isinstance(source, Mapping):
         return _flat(source, "the dictionary", ema)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"a checkpoint must be a path or a dictionary, got {type(source).__name__}")
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        what = ", which is a folder" if path.is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{what}")
     return _flat(_read_file(path), str(path), ema)
 
 
@@ -50,11 +56,14 @@ def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
+        named = re.search(r"GLOBAL (\S+)", str(problem))
+        what = f"a {named[1]}" if named else _first_line(problem)
         raise ValueError(
             f"{path} is not a checkpoint of plain tensors: it is damaged, or holds other objects, which are not loaded "
-            f"because that could run code ({_first_line(problem)})"
+            f"because that could run code ({what}). Where the program that wrote it runs, save the tensors alone."
         ) from problem
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path} is damaged or not a checkpoint ({_first_line(problem)})") from problem
@@ -62,6 +71,8 @@ def _read_file(path: Path) -> Any:
 
 def _first_line(problem: Exception) -> str:
     lines = str(problem).splitlines()
+    if isinstance(problem, KeyError):  # its text is the key alone
+        return f"{type(problem).__name__} {lines[0]}"
     return lines[0] if lines else type(problem).__name__
 
 

@@ -1,11 +1,8 @@
-"""RepOptimizers (paper 2205.15242) as released: the hyper-search, CSLA and baseline blocks, and files of scales.
-
-Blocks of the target network are convolution, norm and activation, named as ours.
-"""
+"""RepOptimizers (paper 2205.15242) as released: the hyper-search, CSLA, baseline and target blocks; files of scales."""
 
 from __future__ import annotations
 
-from repkern.models.checkpoints.layout import SE, Layout, renamed
+from repkern.models.checkpoints.layout import CONV_BN, SE, Layout, renamed
 
 __all__ = ["REPOPT", "REPOPT_SCALES"]
 
@@ -17,7 +14,7 @@ _SCALES = {
 
 REPOPT = Layout(
     "repopt",
-    "DingXiaoH/RepOptimizers: RepOpt-VGG, modes hs, csla and repvgg",
+    "DingXiaoH/RepOptimizers: RepOpt-VGG, modes hs, csla, repvgg and target",
     (
         renamed(
             {"conv": "dense", "conv_1x1": "pointwise", "bn": "bn", **_SCALES, **SE},
@@ -36,6 +33,7 @@ REPOPT = Layout(
             "conv_3x3.weight",
             needs=("bn_3x3.running_mean",),
         ),
+        CONV_BN,
     ),
 )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from repkern.models.checkpoints.layout import Layout, deployed, renamed
+from repkern.models.checkpoints.layout import Layout, renamed
+from repkern.models.checkpoints.mobileone import DEPLOYED
 
 __all__ = ["TIMM"]
 
@@ -34,6 +35,6 @@ TIMM = Layout(
             },
             "conv_kxk.0.conv.weight",
         ),
-        deployed("reparam_conv", _SE, activated=True),
+        DEPLOYED,
     ),
 )

@@ -105,7 +105,8 @@ def _check_with_grad(
     *lists, mean, var = tensors
     plan = check_call(op, branches, *lists, *options)
     first = branches[0]
-    _check.require_same(op, {"branches[0]": first, "grad": grad}, (first.dtype,))
+    if grad.dtype is not first.dtype or grad.device != first.device or grad.layout is not torch.strided:
+        _check.require_same(op, {"branches[0]": first, "grad": grad}, (first.dtype,))
     _check.require_shape(op, "grad", grad, first.shape)
     for name, rows in (("mean", mean), ("var", var)):
         _require_statistics(op, name, rows, (plan.batch_norms, first.shape[1]), first)
@@ -255,7 +256,8 @@ def _flat(
 
 def _of_one_dtype(branches: Sequence[Tensor], lists: Sequence[list[Any]]) -> list[list[Tensor]]:
     found = {t.dtype for values in lists for t in values if t is not None}
-    if not branches or (len(found) == 1 and None not in lists[0] and None not in lists[1]):
+    missing = any(t is None for t in (*lists[0], *lists[1]))  # `None in` would ask every tensor whether it equals None
+    if not branches or (len(found) == 1 and not missing):
         return list(lists)
     first = branches[0]
     wide = statistics_dtype(first.dtype)

@@ -47,12 +47,24 @@ class _Call(NamedTuple):
         return (2 * len(self.maps) + _SCALE_ROUNDINGS) * self.u
 
 
-def bounds_of(op_name: str, args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Bounds on every output of the op `op_name` called with `args` (float64) cast to `dtype`."""
+def bounds_of(
+    op_name: str, args: tuple[Any, ...], dtype: torch.dtype, *, computed_statistics: bool = False
+) -> list[Tensor]:
+    """Bounds on every output of the op `op_name` called with `args` cast to `dtype`.
+
+    computed_statistics: of a backward, that mean and var come from the forward in `dtype` and are no exact inputs.
+    """
+    args = tuple(_wide(arg) for arg in args)
     rounding = torch.finfo(dtype).eps / 2
     u = torch.finfo(statistics_dtype(dtype)).eps / 2
     own = rounding if rounding > u else 0.0
-    return _BOUNDS[op_name](args, u, own)
+    return _backward(args, u, own, computed=True) if computed_statistics else _BOUNDS[op_name](args, u, own)
+
+
+def _wide(arg: Any) -> Any:
+    if isinstance(arg, list | tuple):
+        return [_wide(item) for item in arg]
+    return arg.double() if isinstance(arg, Tensor) else arg
 
 
 def _chain(length: int, u: float) -> float:
@@ -147,17 +159,23 @@ class _Backward(NamedTuple):
     dz: Tensor
     dz_error: Tensor
     normalized: list[Tensor]
+    normalized_errors: list[Tensor]
     sums: Tensor
     sum_errors: Tensor
 
 
-def _backward_parts(grad: Tensor, tensors: Sequence[Any], options: Sequence[Any], u: float) -> _Backward:
+def _exact_call(tensors: Sequence[Any], options: Sequence[Any], u: float) -> _Call:
+    """A call whose statistics are inputs."""
     branches, weights, biases, means, variances, mean, var = tensors
     modes, eps, activation = options
     terms = reference._terms(weights, biases, means, variances, mean, var, modes, eps)
     zero = mean.new_zeros(branches[0].shape[1])
     exact = [zero] * len(branches), [zero + _SCALE_ROUNDINGS * u] * len(branches)
-    call = _Call(list(branches), terms, *exact, activation, u)
+    return _Call(list(branches), terms, *exact, activation, u)
+
+
+def _backward_parts(grad: Tensor, call: _Call) -> _Backward:
+    activation, u, terms = call.activation, call.u, call.terms
     z, error = _sum_error(call)
     dz = reference._grad_z(grad, z, activation)
     ends = [reference._grad_z(grad, z + way * error, activation) for way in (-1, 1)]
@@ -167,35 +185,48 @@ def _backward_parts(grad: Tensor, tensors: Sequence[Any], options: Sequence[Any]
     dz_error = dz_error + _ACTIVATION_ROUNDINGS * u * dz.abs()
     if ACTIVATIONS[activation] in ("silu", "hardswish"):
         dz_error = dz_error + _ACTIVATION_ROUNDINGS * u * grad.abs() * (1 + z.abs())
-    normalized = [reference._normalized(y, term) for y, term in zip(branches, terms, strict=True) if term is not None]
+    normalized = [reference._normalized(y, term) for y, term in zip(call.maps, terms, strict=True) if term is not None]
+    normalized_errors = [
+        _channel(off * term[2]) + _channel(relative) * reference._normalized(y, term).abs()
+        for y, term, off, relative in zip(call.maps, terms, call.mean_errors, call.scale_errors, strict=True)
+        if term is not None
+    ]
     gamma = _chain(dz.numel() // dz.shape[1] + _GRADIENT_ROUNDINGS, u)
     factors = [torch.ones_like(dz), *(xhat.abs() for xhat in normalized)]
-    errors = torch.stack([((gamma * dz.abs() + dz_error) * f).sum(_MAP) for f in factors])
-    return _Backward(call, dz, dz_error, normalized, reference._sums(dz, normalized), errors)
+    factor_errors = [torch.zeros_like(dz), *normalized_errors]
+    rows = [
+        ((gamma * dz.abs() + dz_error) * f + (dz.abs() + dz_error) * e).sum(_MAP)
+        for f, e in zip(factors, factor_errors, strict=True)
+    ]
+    return _Backward(
+        call, dz, dz_error, normalized, normalized_errors, reference._sums(dz, normalized), torch.stack(rows)
+    )
 
 
 def _sums(args: tuple[Any, ...], u: float, own: float) -> list[Tensor]:
-    return [_backward_parts(args[0], args[1:8], args[8:], u).sum_errors]
+    return [_backward_parts(args[0], _exact_call(args[1:8], args[8:], u)).sum_errors]
 
 
-def _backward(args: tuple[Any, ...], u: float, own: float) -> list[Tensor]:
+def _backward(args: tuple[Any, ...], u: float, own: float, *, computed: bool = False) -> list[Tensor]:
     sums, count = args[8:10]
     modes = args[10]
-    parts = _backward_parts(args[0], args[1:8], args[10:], u)
+    call = _forward_call((*args[1:6], *args[10:]), u)[0] if computed else _exact_call(args[1:8], args[10:], u)
+    parts = _backward_parts(args[0], call)
     total = parts.dz.numel() // parts.dz.shape[1] if count is None else float(count)
     if sums is not None:
         parts = parts._replace(sums=sums, sum_errors=torch.zeros_like(sums))
     means, mean_errors = parts.sums.abs() / total, parts.sum_errors / total
     small = _GRADIENT_ROUNDINGS * u + own
     answer: list[Tensor] = []
-    norms = ((mode, term) for mode, term in zip(modes, parts.call.terms, strict=True) if term is not None)
-    for k, (mode, term) in enumerate(norms):
+    norms = zip(modes, call.terms, call.scale_errors, strict=True)
+    for k, (mode, term, relative) in enumerate(norm for norm in norms if norm[1] is not None):
         scale, xhat = _channel(term[0].abs()), parts.normalized[k].abs()
         size, error = parts.dz.abs(), parts.dz_error
         if mode == BATCH:
             size = size + _channel(means[0]) + xhat * _channel(means[1 + k])
             error = error + _channel(mean_errors[0]) + xhat * _channel(mean_errors[1 + k])
-        answer.append(scale * (error + small * (size + error)))
+            error = error + parts.normalized_errors[k] * _channel(means[1 + k] + mean_errors[1 + k])
+        answer.append(scale * (error + (small + _channel(relative)) * (size + error)))
     if AS_IS in modes:
         answer.append(parts.dz_error + small * (parts.dz.abs() + parts.dz_error))
     rows = parts.sum_errors + own * (parts.sums.abs() + parts.sum_errors)

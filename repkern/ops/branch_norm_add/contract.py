@@ -42,18 +42,10 @@ class NormPlan(NamedTuple):
     norm_slots: list[int]  # position in weights, biases and eps
     batch_slots: list[int]  # row of mean and var
     given_slots: list[int]  # position in means and vars
+    norms: int
+    batch_norms: int
     param_dtype: torch.dtype
     statistics_dtype: torch.dtype
-
-    @property
-    def norms(self) -> int:
-        """How many branches have a norm."""
-        return sum(mode != AS_IS for mode in self.modes)
-
-    @property
-    def batch_norms(self) -> int:
-        """How many branches are normalized with their own batch's statistics."""
-        return sum(mode == BATCH for mode in self.modes)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,7 +91,71 @@ def check_call(
     eps: Sequence[float],
     activation: int,
 ) -> NormPlan:
-    """Check all that a forward call gets; the plan."""
+    """Check all that a forward call gets; the plan.
+
+    A training step calls each layer with the shapes of the step before: what was once right is looked up.
+    """
+    key = _key_of(branches, (weights, biases, means, variances), modes, eps, activation)
+    try:
+        known = _plans.get(key)
+    except TypeError:  # symbolic shapes under torch.compile cannot be hashed
+        key = known = None
+    if known is not None:
+        return known
+    plan = _check_call(op, branches, (weights, biases, means, variances), modes, eps, activation)
+    if key is not None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _key_of(
+    branches: Sequence[Tensor],
+    lists: Sequence[Sequence[Tensor]],
+    modes: Sequence[int],
+    eps: Sequence[float],
+    activation: int,
+) -> tuple[object, ...] | None:
+    """All that the checks look at; None for a call that is not as uniform as a good one."""
+    if not branches:
+        return None
+    first = branches[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
+    parameters = [t for tensors in lists for t in tensors]
+    tensors = [*branches, *parameters]
+    if not all([t.device == device and t.layout is torch.strided for t in tensors]):
+        return None
+    if not all([y.dtype is dtype and y.shape == shape for y in branches]):
+        return None
+    param_dtype = parameters[0].dtype if parameters else None
+    if not all([t.dtype is param_dtype for t in parameters]):
+        return None
+    lengths = (len(branches), *map(len, lists), len(eps))
+    return (
+        shape,
+        dtype,
+        device.type,
+        param_dtype,
+        tuple([t.shape for t in parameters]),
+        lengths,
+        tuple(modes),
+        activation,
+    )
+
+
+_MOST_PLANS = 4096  # a model has one per call; more than this means shapes that never return
+_plans: dict[tuple[object, ...] | None, NormPlan] = {}
+
+
+def _check_call(
+    op: str,
+    branches: Sequence[Tensor],
+    lists: Sequence[Sequence[Tensor]],
+    modes: Sequence[int],
+    eps: Sequence[float],
+    activation: int,
+) -> NormPlan:
     check_maps(op, branches)
     first = branches[0]
     if len(modes) != len(branches) or any(mode not in (BATCH, GIVEN, AS_IS) for mode in modes):
@@ -107,15 +163,17 @@ def check_call(
     if not 0 <= activation < len(ACTIVATIONS):
         raise ValueError(f"{op}: `activation` must be a code from 0 to {len(ACTIVATIONS) - 1}, got {activation}")
     norms, given = sum(mode != AS_IS for mode in modes), sum(mode == GIVEN for mode in modes)
-    for name, wanted, values in (
+    weights, biases, means, variances = lists
+    wanted: tuple[tuple[str, int, Sequence[object]], ...] = (
         ("weights", norms, weights),
         ("biases", norms, biases),
         ("eps", norms, eps),
         ("means", given, means),
         ("vars", given, variances),
-    ):
-        if len(values) != wanted:
-            raise ValueError(f"{op}: `{name}` needs {wanted} entries for modes {list(modes)}, got {len(values)}")
+    )
+    for name, length, values in wanted:
+        if len(values) != length:
+            raise ValueError(f"{op}: `{name}` needs {length} entries for modes {list(modes)}, got {len(values)}")
     if BATCH in modes:
         _require_several_values(op, first)
     param_dtype = _check_parameters(op, first, weights=weights, biases=biases, means=means, vars=variances)
@@ -157,4 +215,6 @@ def _plan(modes: Sequence[int], param_dtype: torch.dtype, wide: torch.dtype) -> 
             found += mode in wanted
         return slots
 
-    return NormPlan(list(modes), places(BATCH, GIVEN), places(BATCH), places(GIVEN), param_dtype, wide)
+    slots = places(BATCH, GIVEN), places(BATCH), places(GIVEN)
+    norms, batch_norms = (sum(slot >= 0 for slot in some) for some in slots[:2])
+    return NormPlan(list(modes), *slots, norms, batch_norms, param_dtype, wide)

@@ -13,9 +13,9 @@ from torch import Tensor
 from repkern.ops._sample import Sample
 from repkern.ops.branch_norm_add import reference
 from repkern.ops.branch_norm_add.bounds import bounds_of
-from repkern.ops.branch_norm_add.contract import ACTIVATIONS, AS_IS, BATCH, GIVEN
+from repkern.ops.branch_norm_add.contract import ACTIVATIONS, AS_IS, BATCH, GIVEN, OP
 
-__all__ = ["samples"]
+__all__ = ["relu_samples", "samples"]
 
 _MODES = {"b": BATCH, "g": GIVEN, "a": AS_IS}
 
@@ -73,6 +73,20 @@ def samples(op_name: str) -> list[Sample]:
     if op_name == "branch_norm_add_backward":
         made.append(_of_a_larger_batch(_Case((2, 5, 3, 4), "bga"), generator))
     return made
+
+
+def relu_samples(
+    name: str, grad: Tensor, maps: list[Tensor], weights: list[Tensor], biases: list[Tensor], *, eps: float
+) -> tuple[Sample, Sample]:
+    """Forward, and the backward that follows it, of the ReLU of a sum of batch norms, for tensors of the caller."""
+    options = ([BATCH] * len(maps), [eps] * len(maps), ACTIVATIONS.index("relu"))
+    mean, var = reference.branch_norm_statistics([y.double() for y in maps])
+    forward: tuple[Any, ...] = (maps, weights, biases, [], [], *options)
+    backward: tuple[Any, ...] = (grad, maps, weights, biases, [], [], mean, var, None, None, *options)
+    return (
+        Sample(name, forward, (), bounds=functools.partial(bounds_of, OP)),
+        Sample(name, backward, (), bounds=functools.partial(bounds_of, f"{OP}_backward", computed_statistics=True)),
+    )
 
 
 def _sample(op_name: str, case: _Case, generator: torch.Generator) -> Sample:
