@@ -187,5 +187,5 @@ def test_models_lists_what_the_papers_count(command):
     assert row["parameters"] == sum(p.numel() for p in create_model("resnet18").parameters())
     assert row["deployed_parameters"] == sum(p.numel() for p in create_model("resnet18", block="plain").parameters())
     code, out, err = command("models", "zzz")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "no network matches 'zzz'" in err

@@ -198,3 +198,8 @@ def test_a_failed_comparison_writes_nothing(trained, folder, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=r"must end in \.safetensors or \.pth, got 'plain\.bin'"):
         reparameterize_file(folder / "ours.safetensors", tmp_path / "plain.bin")
+
+
+def test_a_file_of_another_network_is_said_to_be_one(trained, folder):
+    with pytest.raises(ValueError, match=r"most names of its 351 tensors .* are those of another network"):
+        open_model(folder / "train.pth", model="resnet18")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Optional
@@ -36,9 +37,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for
 def check_paths(source: Path, destination: Path, suffixes: tuple[str, ...]) -> None:
     """Leave with 2 for a file that cannot be written, before anything long begins."""
     if destination.suffix not in suffixes:
-        fail(f"OUT must end in {' or '.join(suffixes)}, got {destination.name!r}", WRONG_USE)
+        fail(f"OUT must end in {' or '.join(suffixes)}, got {str(destination)!r}", WRONG_USE)
     if not destination.parent.is_dir():
         fail(f"the folder {destination.parent} does not exist", WRONG_USE)
+    if not os.access(destination.parent, os.W_OK):
+        fail(f"the folder {destination.parent} cannot be written to", WRONG_USE)
     if destination.is_dir():
         fail(f"OUT must be a file, {destination} is a folder", WRONG_USE)
     if destination.exists() and destination.samefile(source):

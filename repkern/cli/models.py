@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from repkern.cli._console import console, fail
+from repkern.cli._console import WRONG_USE, console, fail
 from repkern.cli._models import AsJson, working
 
 __all__ = ["models"]
@@ -37,7 +37,7 @@ def models(
             say(f"counting {name}")
             rows.append(model_size(name))
     if not rows:
-        fail(f"no network matches {pattern!r}; `repkern models` lists all {len(list_models())}")
+        fail(f"no network matches {pattern!r}; `repkern models` lists all {len(list_models())}", WRONG_USE)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

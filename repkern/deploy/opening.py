@@ -105,17 +105,21 @@ def _fitting_kind(
                 warnings.filterwarnings("ignore", ".*copying from a non-meta parameter", UserWarning)
                 load_checkpoint(tensors, network, report=report)
         except ValueError as problem:
-            count = len(report.problems) or len(tensors)
+            count = (
+                sum(not line.startswith("shape of ") for line in report.problems) if report.problems else len(tensors)
+            )
             if closest is None or count < closest[0]:
                 closest = (count, kind, str(problem))
         else:
             return kind
     assert closest is not None
+    why = f"{path} fits {model} with none of the blocks {', '.join(kinds)}"
+    if 2 * closest[0] > len(tensors):  # a list of what does not match would hide that it is another network
+        first = ", ".join(list(tensors)[:3])
+        raise ValueError(f"{why}: most names of its {len(tensors)} tensors ({first}, ...) are those of another network")
     lines = closest[2].splitlines()
     shown = [*lines[:_SHOWN], f"  ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN + 1 else lines
-    raise ValueError(
-        f"{path} fits {model} with none of the blocks {', '.join(kinds)}. Closest is {closest[1]}: " + "\n".join(shown)
-    )
+    raise ValueError(f"{why}. Closest is {closest[1]}: " + "\n".join(shown))
 
 
 def _classes(tensors: Mapping[str, Tensor]) -> int | None:
