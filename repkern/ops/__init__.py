@@ -1,5 +1,6 @@
 """The ops: one folder each, one public function each. How to add one: docs/add_an_op.md."""
 
+from repkern.ops._grad_mult import ChannelMultiplier
 from repkern.ops._library import OPS
 from repkern.ops._select import BACKENDS, available_backends, use_backend
 from repkern.ops.branch_norm_add import (
@@ -10,12 +11,15 @@ from repkern.ops.branch_norm_add import (
     branch_norm_sums,
 )
 from repkern.ops.compose_sequential import compose_sequential
+from repkern.ops.grad_mult_adamw import grad_mult_adamw_
+from repkern.ops.grad_mult_sgd import grad_mult_sgd_
 from repkern.ops.orepa_squeeze import SqueezeBranches, orepa_squeeze, orepa_squeeze_many
 from repkern.ops.winograd_conv2d import winograd_conv2d, winograd_conv2d_packed, winograd_transform_weight
 
 __all__ = [
     "BACKENDS",
     "OPS",
+    "ChannelMultiplier",
     "Norm",
     "SqueezeBranches",
     "available_backends",
@@ -24,6 +28,8 @@ __all__ = [
     "branch_norm_statistics",
     "branch_norm_sums",
     "compose_sequential",
+    "grad_mult_adamw_",
+    "grad_mult_sgd_",
     "orepa_squeeze",
     "orepa_squeeze_many",
     "use_backend",

@@ -64,6 +64,7 @@ class Op:
     overload: Any
     check: Callable[..., Any]
     differentiable: bool = True
+    mutates: tuple[int, ...] = ()  # the arguments changed in place; their version counters go up
 
     def implementation(self, backend: str) -> Callable[..., Any]:
         """The function that runs this op on `backend`: (*args) as in the schema, for native ones (plan, *args)."""
@@ -90,7 +91,11 @@ class Op:
         plan = self.check(*args)
         backend = _select.choose(self.name, _first_tensor(args).device.type)
         implementation = self.implementation(backend)
-        return implementation(plan, *args) if _MODULE_OF[backend] == "native" else implementation(*args)
+        answer = implementation(plan, *args) if _MODULE_OF[backend] == "native" else implementation(*args)
+        if self.mutates and backend != "reference" and not torch.is_inference_mode_enabled():
+            for argument in self.mutates:
+                torch.autograd.graph.increment_version(args[argument])
+        return answer
 
 
 OPS: dict[str, Op] = {}
@@ -120,16 +125,20 @@ def define_op(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     inference_only: str | None = None,
+    mutates: tuple[int, ...] = (),
 ) -> Op:
     """Register `repkern::<name>` and add it to the op table.
 
     `fake(*args)` returns empty outputs of the right shape. `setup_context(ctx, args, output)` and
     `backward(ctx, *grads) -> one gradient (or list) per argument` make it differentiable; without them it is a backward
     op, and where it is differentiated again its reference runs instead. `inference_only` says what to use instead where
-    a gradient would be recorded, which is then a RuntimeError.
+    a gradient would be recorded, which is then a RuntimeError. `mutates`: the arguments that the op changes in place,
+    as the schema says; such an op returns nothing and refuses gradients too.
     """
+    if mutates:
+        inference_only = "call it under torch.no_grad()"
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check, inference_only is None)
+    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check, inference_only is None, mutates)
     OPS[name] = op
 
     def run_fake(*args: Any) -> Any:
@@ -163,7 +172,7 @@ def _reference_where_differentiated(op: Op) -> Callable[..., Any]:
 
 def _refuse_gradients(op: Op, instead: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in _flatten(args)[0]):
             raise RuntimeError(f"{op.name} has no gradient; {instead}")
         with _AutoDispatchBelowAutograd():
             return op.overload(*args)
