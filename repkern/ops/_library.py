@@ -88,7 +88,10 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """Check, choose a backend, run it: what the dispatcher ends up calling for tensors with data."""
-        plan = self.check(*args)
+        return self.run_checked(self.check(*args), *args)
+
+    def run_checked(self, plan: Any, *args: Any) -> Any:
+        """As `run`, for arguments whose shapes, dtypes and devices `check` has seen, with the plan it gave."""
         backend = _select.choose(self.name, _first_tensor(args).device.type)
         implementation = self.implementation(backend)
         answer = implementation(plan, *args) if _MODULE_OF[backend] == "native" else implementation(*args)
