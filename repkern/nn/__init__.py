@@ -6,6 +6,7 @@ from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import ReplaceReport, replace_convs
 from repkern.nn.csla import CSLABlock
+from repkern.nn.csla_conv import CSLAConv2d
 from repkern.nn.custom_l2 import custom_l2, custom_l2_parameters
 from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.dirac import DiracConv2d
@@ -30,6 +31,7 @@ __all__ = [
     "KINDS",
     "ACBlock",
     "CSLABlock",
+    "CSLAConv2d",
     "ConvNormAct",
     "DiracConv2d",
     "DiverseBranchBlock",
