@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["median_times", "paired_times", "peak_memory", "resident_bytes"]
+__all__ = ["median_times", "paired_times", "peak_memory", "resident_bytes", "training_memory", "training_step"]
 
 
 def paired_times(
@@ -83,6 +83,31 @@ def peak_memory(action: Callable[[], Any], *, device: str = "cpu") -> int:
         held += size
         highest = max(highest, held)
     return highest
+
+
+def training_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> Callable[[], None]:
+    """A function that trains `model` one step on this batch: what is timed."""
+
+    def step() -> None:
+        loss(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def training_memory(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None], device: str
+) -> int:
+    """Weights, optimizer state and the most that one step adds to them, gradients included."""
+    step()  # creates the optimizer's state
+    return resident_bytes(model, optimizer) + peak_memory(step, device=device)
 
 
 @contextlib.contextmanager

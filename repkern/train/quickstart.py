@@ -18,7 +18,7 @@ from repkern.nn import reparameterize, replace_convs
 from repkern.train.config import TrainConfig
 from repkern.train.data import DigitsData, TensorBatches, load_digits
 from repkern.train.engine import Callback, Trainer
-from repkern.train.measure import median_times, paired_times, peak_memory, resident_bytes
+from repkern.train.measure import median_times, paired_times, training_memory, training_step
 from repkern.train.reproducible import deterministic, seed_everything
 from repkern.train.schedule import warmup_cosine
 
@@ -154,8 +154,8 @@ def _measure(
     for name in FORMS:
         model = copy.deepcopy(models[name]).train()
         optimizer = make_optimizer(model, config)
-        steps[name] = _step(model, optimizer, loss, images, labels)
-        peaks[name] = _step_memory(model, optimizer, steps[name], config.device)
+        steps[name] = training_step(model, optimizer, loss, images, labels)
+        peaks[name] = training_memory(model, optimizer, steps[name], config.device)
     times = paired_times(steps, rounds=_STEP_ROUNDS, device=config.device)
     one = images[:1]
     with torch.inference_mode():
@@ -171,20 +171,3 @@ def _measure(
         "train_peak_bytes": peaks,
         "latency_seconds": median_times(latency),
     }
-
-
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: nn.Module, images: torch.Tensor, labels: torch.Tensor
-) -> Callable[[], None]:
-    def step() -> None:
-        loss(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _step_memory(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None], device: str) -> int:
-    """Weights, optimizer state and the most that one step adds to them, gradients included."""
-    step()  # creates the optimizer's state
-    return resident_bytes(model, optimizer) + peak_memory(step, device=device)
