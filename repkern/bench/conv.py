@@ -1,101 +1,224 @@
-"""3x3 convolutions: winograd_conv2d with prepared weights against torch.conv2d, each in both memory formats."""
+"""`repkern bench conv`: 3x3 convolutions of stride 1, ours against torch.conv2d and ncnn's Winograd convolution."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from repkern.bench.registry import ConvCase
+from repkern import _native
+from repkern.bench import targets
+from repkern.bench.conv_methods import DTYPES, FORMATS, Method, allowed_error, our_methods, precision, torch_methods
+from repkern.bench.registry import ConvCase, conv_cases
+from repkern.bench.remote import Remote
 from repkern.bench.results import Row
-from repkern.bench.timing import Workload, measure_pairs, quantiles, ratio_of_pairs, strict_fp32
-from repkern.ops import use_backend, winograd_conv2d_packed, winograd_transform_weight
+from repkern.bench.rivals import missing
+from repkern.bench.timing import Workload, measure_pairs, quantiles, ratio_of_pairs, settle_allocator
+from repkern.ops import use_backend
 
-__all__ = ["FORMATS", "ConvOptions", "run_conv"]
+__all__ = ["COLD", "WARM", "ConvOptions", "run_conv"]
 
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# Relative L2 error against float64 that is still right, by tile: float32, and what half precision maps lose.
-_ALLOWED = {2: 1e-6, 4: 3e-6, 6: 1e-5}
-_ALLOWED_HALF = {2: 6e-3, 4: 6e-3, 6: 6e-3}
+#: The same weights call after call, or many copies in turn, so that they come from beyond the level-2 cache.
+WARM, COLD = "eager", "cold weights"
+_COLD_BYTES = 16 << 20
+_MOST_COPIES = 64
+_NCNN_ALLOWED = 1e-5  # it takes F(6x6) where it finds it faster
 
 
 @dataclass(frozen=True)
 class ConvOptions:
-    """What to measure and how long."""
+    """What to measure and how long. how: one of `DTYPES`. ncnn: as a rival on the CPU, where it is installed."""
 
     backend: str = "cpu"
     device: str = "cpu"
-    dtype: torch.dtype = torch.float32
+    how: str = "fp32"
     tiles: Sequence[int] = (2, 4)
+    threads: int = 1
+    ncnn: bool = True
+    cold: bool = True
+    choosing_pairs: int = 7
     pairs: int = 15
     min_sample_seconds: float = 0.01
-    max_seconds: float = 6.0
+    max_seconds: float = 3.0
 
 
-def run_conv(cases: Sequence[ConvCase], options: ConvOptions) -> Iterator[Row]:
-    """One row per case, tile and memory format; the baseline is the faster format of torch.conv2d in the same run.
+def run_conv(
+    cases: Sequence[ConvCase], options: ConvOptions, on_row: Callable[[Row], None], say: Callable[[str], None]
+) -> list[str]:
+    """Hand every row to `on_row` as soon as it is measured. Returns [] (a wrong result of ours is a RuntimeError).
 
-    RuntimeError when a result is wrong: nothing wrong is timed.
+    Per case: one row for each of our methods and formats, from a first set of samples. The fastest of ours and torch in
+    both formats are measured again, with ncnn: rows "best: <method>" against the faster format of torch and against
+    ncnn, and "dispatched: <method>", the fastest of ours or torch in the first set, against torch. At the end medians
+    over the cases, with verdicts when all layers of `CONV_CASES` were measured. Nothing wrong is timed.
     """
-    with torch.inference_mode(), strict_fp32(), use_backend(options.backend):
-        for case in cases:
-            yield from _run_case(case, options)
+    settle_allocator()
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        on_row(row)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(precision(options.how))
+        stack.enter_context(use_backend(options.backend))
+        remote = _ncnn(options, say)
+        if remote is not None:
+            stack.enter_context(remote)
+        for number, case in enumerate(cases, 1):
+            say(f"[{number}/{len(cases)}] {case.name}")
+            layer = _Layer(case, options, remote, say)
+            layer.check()
+            for mode in (WARM, COLD) if options.cold else (WARM,):
+                layer.measure(mode, keep)
+    for row in _medians(rows, cases, options):
+        on_row(row)
+    return []
 
 
-def _run_case(case: ConvCase, options: ConvOptions) -> Iterator[Row]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.n, case.c, case.h, case.w, generator=generator, dtype=torch.float64).relu()
-    weight = torch.randn(case.k, case.c, 3, 3, generator=generator, dtype=torch.float64) / (9 * case.c) ** 0.5
-    maps = {name: x.to(options.device, options.dtype, memory_format=form) for name, form in FORMATS.items()}
-    kernel = weight.to(options.device, options.dtype)
-    exact = torch.conv2d(maps["nchw"][:1].double().cpu(), kernel.double().cpu(), padding=1)
-    ours = {}
-    for tile in options.tiles:
-        packed = winograd_transform_weight(kernel, tile)
-        for name, given in maps.items():
-            call = _ours(given, packed, case.k, tile)
-            _require_right(call(), exact, tile, options.dtype, f"{case.name}, F{tile}, {name}")
-            ours[f"F{tile} {name}"] = call
-    torchs = {f"torch {name}": _torch(maps[name], kernel.to(memory_format=form)) for name, form in FORMATS.items()}
-    work = {name: _workload(call) for name, call in (ours | torchs).items()}
-    samples = measure_pairs(
-        work,
-        pairs=options.pairs,
-        min_sample_seconds=options.min_sample_seconds,
-        max_seconds=options.max_seconds,
-        device=options.device,
-    )
-    best = min(torchs, key=lambda name: quantiles(samples[name]).p50)
-    for name in ours:
-        yield _row(case, options, name, samples[name], best, samples[best])
+def _ncnn(options: ConvOptions, say: Callable[[str], None]) -> Remote | None:
+    if not options.ncnn or options.device != "cpu" or options.how != "fp32":
+        return None
+    if missing("ncnn"):
+        say("ncnn is left out: not installed (pip install 'repkern[rivals]')")
+        return None
+    return Remote("ncnn", "repkern.bench.conv_methods:NcnnConv", options.threads)
 
 
-def _workload(call: Callable[[], Tensor]) -> Workload:
-    return Workload(lambda _: call())
+class _Layer:
+    """One case: its tensors, its methods, its measurements."""
+
+    def __init__(self, case: ConvCase, options: ConvOptions, remote: Remote | None, say: Callable[[str], None]) -> None:
+        self.case, self.options, self.remote, self.say = case, options, remote, say
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(case.n, case.c, case.h, case.w, generator=generator, dtype=torch.float64).relu()
+        weight = torch.randn(case.k, case.c, 3, 3, generator=generator, dtype=torch.float64) / (9 * case.c) ** 0.5
+        dtype = DTYPES[options.how]
+        self.maps = {name: x.to(options.device, dtype, memory_format=form) for name, form in FORMATS.items()}
+        self.weight = weight.to(options.device, dtype)
+        self.ends = sorted({0, case.n - 1})  # of the batch: what is compared with float64
+        self.exact = torch.conv2d(
+            self.maps["nchw"][self.ends].double().cpu(), self.weight.double().cpu(), padding=1
+        )  # fmt: skip
+        weight_bytes = self.weight.numel() * self.weight.element_size()
+        self.copies = {WARM: 1, COLD: min(_MOST_COPIES, max(2, math.ceil(_COLD_BYTES / weight_bytes)))}
+        self.ours = our_methods(case.k, options.how, options.device, options.tiles)
+
+    def check(self) -> None:
+        """RuntimeError for a result of ours or torch that is further from float64 than it may be."""
+        for method in (*self.ours, *torch_methods()):
+            packed = method.pack(self.weight)
+            for form in method.formats:
+                error = self._error(method.run(self.maps[form], packed))
+                allowed = allowed_error(self.options.how, method.tile)
+                if not error <= allowed:
+                    raise RuntimeError(
+                        f"{self.case.name}, {method.name} {form}: relative error {error:.2e}, allowed {allowed:.0e}; "
+                        "not timed"
+                    )
+
+    def measure(self, mode: str, on_row: Callable[[Row], None]) -> None:
+        """First all methods, then the best of ours, torch in both formats and ncnn again."""
+        ours = self._calls(self.ours, mode)
+        torchs = self._calls(torch_methods(), mode)
+        first = self._time(ours | torchs, self.options.choosing_pairs)
+        baseline, best, dispatched = (_fastest(first, names) for names in (torchs, ours, first))
+        for name in ours:
+            on_row(self._row(name, mode, baseline, first[name], first[baseline]))
+        finalists = {best: ours[best], **torchs}
+        if self.remote is not None and self._prepare_ncnn(self.remote, mode):
+            finalists["ncnn"] = self.remote.workload()
+        final = self._time(finalists, self.options.pairs)
+        baseline = _fastest(final, torchs)
+        on_row(self._row(f"best: {best}", mode, baseline, final[best], final[baseline]))
+        if "ncnn" in final:
+            on_row(self._row(f"best: {best}", mode, "ncnn", final[best], final["ncnn"]))
+        on_row(self._row(f"dispatched: {dispatched}", mode, baseline, final[dispatched], final[baseline]))
+
+    def _calls(self, methods: Sequence[Method], mode: str) -> dict[str, Workload]:
+        calls = {}
+        for method in methods:
+            packed = method.pack(self.weight)
+            copies = [packed, *(packed.clone() for _ in range(self.copies[mode] - 1))]
+            for form in method.formats:
+                calls[f"{method.name} {form}"] = _workload(method, self.maps[form], copies)
+        return calls
+
+    def _prepare_ncnn(self, remote: Remote, mode: str) -> bool:
+        # As numpy arrays: a tensor would be moved to shared memory on its way.
+        answer = remote.prepare(self.weight.numpy(), self.maps["nchw"].numpy(), self.copies[mode])
+        error = self._error(torch.from_numpy(answer))
+        if not error <= _NCNN_ALLOWED:
+            self.say(f"  ncnn is left out: relative error {error:.2e}, allowed {_NCNN_ALLOWED:.0e}")
+        return error <= _NCNN_ALLOWED
+
+    def _error(self, got: Tensor) -> float:
+        return float((got[self.ends].double().cpu() - self.exact).norm() / self.exact.norm())
+
+    def _time(self, works: Mapping[str, Workload], pairs: int) -> dict[str, list[float]]:
+        return measure_pairs(
+            works, pairs=pairs, min_sample_seconds=self.options.min_sample_seconds,
+            max_seconds=self.options.max_seconds, device=self.options.device,
+        )  # fmt: skip
+
+    def _row(self, what: str, mode: str, baseline: str, ours: list[float], theirs: list[float]) -> Row:
+        time, ratio = quantiles(ours), ratio_of_pairs(theirs, ours)
+        return Row(
+            kind="conv", op="conv3x3", case=self.case.name, what=what, dtype=_dtype(self.options),
+            device=self.options.device, mode=mode, backend=self.options.backend, ms_p20=time.p20 * 1e3,
+            ms=time.p50 * 1e3, ms_p80=time.p80 * 1e3, baseline=baseline, baseline_ms=quantiles(theirs).p50 * 1e3,
+            ratio_p20=ratio.p20, ratio=ratio.p50, ratio_p80=ratio.p80, pairs=len(ours),
+            gflops=self.case.flops() / time.p50 / 1e9,
+        )  # fmt: skip
 
 
-def _ours(x: Tensor, packed: Tensor, out_channels: int, tile: int) -> Callable[[], Tensor]:
-    return lambda: winograd_conv2d_packed(x, packed, out_channels=out_channels, tile=tile)
+def _workload(method: Method, x: Tensor, copies: Sequence[Tensor]) -> Workload:
+    turn = itertools.cycle(copies)
+    return Workload(lambda packed: method.run(x, packed), prepare=lambda: next(turn))
 
 
-def _torch(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    return lambda: torch.conv2d(x, weight, padding=1)
+def _fastest(samples: Mapping[str, list[float]], names: Iterable[str]) -> str:
+    return min(names, key=lambda name: quantiles(samples[name]).p50)
 
 
-def _require_right(got: Tensor, exact: Tensor, tile: int, dtype: torch.dtype, what: str) -> None:
-    error = float((got[:1].double().cpu() - exact).norm() / exact.norm())
-    allowed = (_ALLOWED if dtype in (torch.float32, torch.float64) else _ALLOWED_HALF)[tile]
-    if not error <= allowed:
-        raise RuntimeError(f"{what}: relative error {error:.2e}, allowed {allowed:.0e}; not timed")
+def _dtype(options: ConvOptions) -> str:
+    return "tf32" if options.how == "tf32" else str(DTYPES[options.how]).removeprefix("torch.")
 
 
-def _row(case: ConvCase, options: ConvOptions, name: str, ours: list[float], best: str, baseline: list[float]) -> Row:
-    time, ratio = quantiles(ours), ratio_of_pairs(baseline, ours)
-    return Row(
-        kind="conv", op="winograd_conv2d", case=case.name, what=name, dtype=str(options.dtype).removeprefix("torch."),
-        device=options.device, mode="eager", backend=options.backend, ms_p20=time.p20 * 1e3, ms=time.p50 * 1e3,
-        ms_p80=time.p80 * 1e3, baseline=best, baseline_ms=quantiles(baseline).p50 * 1e3, ratio_p20=ratio.p20,
-        ratio=ratio.p50, ratio_p80=ratio.p80, pairs=len(ours), gflops=case.flops() / time.p50 / 1e9,
-    )  # fmt: skip
+def _medians(rows: Sequence[Row], cases: Sequence[ConvCase], options: ConvOptions) -> list[Row]:
+    """Over all cases: the median of "best" against torch and ncnn, and the least of "dispatched".
+
+    The targets are those of repeated calls with the same weights, over all layers of the default list.
+    """
+    answer = []
+    complete = set(conv_cases()) <= set(cases)
+    how = options.how
+    if options.device == "cpu" and how == "fp32":
+        how = str(_native.native_build_info().get("isa_used"))
+    for mode in (WARM, COLD):
+        for what, rival in (("best", "torch"), ("best", "ncnn"), ("dispatched", "torch")):
+            found = [
+                r for r in rows if r.what.startswith(f"{what}:") and r.mode == mode and r.baseline.startswith(rival)
+            ]
+            if not found:
+                continue
+            ratios = [row.ratio or 0.0 for row in found]
+            value = statistics.median(ratios) if what == "best" else min(ratios)
+            target = None
+            if complete and mode == WARM:
+                target = targets.conv_target(options.device, how, rival if what == "best" else what)
+            spread = quantiles(ratios)
+            answer.append(replace(
+                found[0], kind="conv-median", case=f"{len(found)} layers",
+                what="best, median" if what == "best" else "dispatched, slowest", baseline=rival, ms_p20=None, ms=None,
+                ms_p80=None, baseline_ms=None, gflops=None, ratio_p20=spread.p20, ratio=value, ratio_p80=spread.p80,
+                target=str(target or ""), verdict=targets.verdict(target, value),
+            ))  # fmt: skip
+    return answer

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Target", "activations_target", "blocks_target", "ops_target", "peak_target", "train_target", "verdict"]
+__all__ = [
+    "INFER_RIVALS",
+    "Target",
+    "activations_target",
+    "blocks_target",
+    "conv_target",
+    "infer_memory_target",
+    "infer_target",
+    "ops_target",
+    "peak_target",
+    "train_target",
+    "verdict",
+]
 
 _BOTH = "forward+backward"
 _SQUARE = ("c64", "c128", "c256", "c512")
@@ -36,6 +48,20 @@ _BLOCK_STEPS = {
     "cheap": dict.fromkeys(("repvgg_a0_b16_128", *_DBB), 1.05),
 }
 _BLOCK_ACTIVATIONS = {"cheap": dict.fromkeys(("repvgg_a0_b16_128", *_DBB), 0.75)}
+# Of a convolution layer to its rival: the median over the layers, and the least of a single one as dispatched.
+_CONV_MEDIANS = {
+    ("cpu", "avx512", "torch"): 2.2,
+    ("cpu", "avx512", "ncnn"): 1.2,
+    ("cpu", "avx2", "torch"): 1.5,
+    ("cuda", "fp32", "torch"): 1.3,
+    ("cuda", "tf32", "torch"): 1.0,
+    ("cuda", "fp16", "torch"): 0.9,
+}
+_NEVER_SLOWER = 1.0
+#: Whose best a deployed network is compared with on a CPU.
+INFER_RIVALS = ("eager", "eager-last", "compile", "compile-last", "onnxruntime", "openvino", "ncnn")
+_INFER = {"repvgg_a0": 1.7, "repvgg_a2": 1.6, "repvgg_b1": 1.6}
+_INFER_MEMORY = 1.5
 _STEP_RATIOS = {"resnet18_b32_224": 1.10, "resnet18_b16_128": 1.6}
 
 
@@ -73,6 +99,26 @@ def activations_target(device: str, case: str, recompute: str) -> Target | None:
     """The most bytes kept for the backward as a multiple of what plain modules keep, or None."""
     value = _BLOCK_ACTIVATIONS.get(recompute, {}).get(case) if device == "cpu" else None
     return None if value is None else Target(value, "x plain", at_most=True)
+
+
+def conv_target(device: str, how: str, rival: str) -> Target | None:
+    """The least median speed-up over `rival` ("torch", "ncnn") in a run, or of every layer as "dispatched"; or None.
+
+    how: the instruction set on a CPU, the precision on a GPU.
+    """
+    value = _NEVER_SLOWER if rival == "dispatched" else _CONV_MEDIANS.get((device, how, rival))
+    return None if value is None else Target(value, "x torch" if rival == "dispatched" else f"x {rival}")
+
+
+def infer_target(device: str, model: str) -> Target | None:
+    """The least speed-up of a deployed network over the best of `INFER_RIVALS`, or None."""
+    value = _INFER.get(model) if device == "cpu" else None
+    return None if value is None else Target(value, "x best rival")
+
+
+def infer_memory_target() -> Target:
+    """The most memory of inference as a multiple of torch eager's."""
+    return Target(_INFER_MEMORY, "x eager", at_most=True)
 
 
 def verdict(target: Target | None, measured: float) -> str:

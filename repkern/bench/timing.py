@@ -40,11 +40,15 @@ class Quantiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """What one sample times: `run(prepare())`, of which only `run` counts, inside `around()`."""
+    """What one sample times: `run(prepare())`, of which only `run` counts, inside `around()`.
+
+    `sample(inner)`: seconds a run over `inner` runs, of work that times itself (in another process); `run` is unused.
+    """
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    sample: Callable[[int], float] | None = None
 
 
 def quantiles(values: list[float]) -> Quantiles:
@@ -147,6 +151,8 @@ def _runs(seconds: float, once: float) -> int:
 
 
 def _sample(work: Workload, inner: int, device: str) -> float:
+    if work.sample is not None:
+        return work.sample(inner)
     with work.around():
         return _sample_cuda(work, inner) if device == "cuda" else _sample_host(work, inner)
 

@@ -1,12 +1,14 @@
-"""`repkern bench ops|train|blocks`: parses, calls, prints."""
+"""`repkern bench ops|train|blocks|conv|infer`: parses, calls, prints."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,7 @@ import torch
 import typer
 
 from repkern.bench import results
-from repkern.bench.registry import load_cases
+from repkern.bench.registry import CONV_CASES, conv_cases, load_cases
 from repkern.bench.results import Row
 from repkern.cli._console import INTERRUPTED, fail, terminated_like_ctrl_c
 from repkern.ops import BACKENDS
@@ -29,7 +31,18 @@ Quick = Annotated[bool, typer.Option(help="Fewer and shorter samples, no torch.c
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a row on stdout, all else on stderr.")]
 Output = Annotated[Path | None, typer.Option(help="A CSV file to append rows to, or a folder for one.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of everybody. Default: what torch takes.")]
 Pairs = Annotated[int | None, typer.Option(min=1, help="Samples of every implementation.")]
+
+# What holds repkern, oneDNN, torch and MKL to an instruction set; read by each when it is loaded.
+_FORCED_ISA = {
+    "avx2": {
+        "REPKERN_ISA": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
 
 
 @app.command()
@@ -133,6 +146,118 @@ def blocks(
     _run(lambda on_row, say: run_blocks(cases, options, on_row, say), output, as_json, device)
 
 
+@app.command()
+def conv(
+    filter: Annotated[str, typer.Option(help="Only layers whose name (as c64_112_n1) contains this.")] = "",
+    layer: Annotated[list[str] | None, typer.Option(help="channels,size instead of the built-in layers.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. Default: 1 and 8.")] = None,
+    quick: Quick = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    backend: Annotated[str, typer.Option(help="Our backend; auto chooses by device.")] = "auto",
+    device: Device = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16.")] = "fp32",
+    tile: Annotated[list[int] | None, typer.Option(help="Of Winograd: 2, 4 or 6. Default: 2 and 4.")] = None,
+    threads: Threads = None,
+    pairs: Pairs = None,
+    cold: Annotated[bool, typer.Option(help="Also with many copies of the weights in turn.")] = True,
+    ncnn: Annotated[bool, typer.Option(help="Also against ncnn's Winograd, where it is installed.")] = True,
+    isa: Annotated[str, typer.Option(help="avx2: neither side may use more. Default: what is there.")] = "",
+) -> None:
+    """3x3 convolutions of VGG-like networks: Winograd and direct, against torch.conv2d and ncnn."""
+    from repkern.bench.conv import ConvOptions, run_conv
+    from repkern.bench.conv_methods import DTYPES
+    from repkern.ops.winograd_conv2d import TILES
+
+    _check_device(device)
+    _check_backend(backend)
+    _one_of(precision, DTYPES, "--precision")
+    for value in tile or []:
+        _one_of(value, TILES, "--tile")
+    if isa:
+        _one_of(isa, _FORCED_ISA, "--isa")
+        if not all(os.environ.get(name) == value for name, value in _FORCED_ISA[isa].items()):
+            raise typer.Exit(_again_with(_FORCED_ISA[isa]))
+    _use_threads(threads)
+    words, batches = " ".join(layer) if layer else CONV_CASES, tuple(batch or (1, 8))
+    options = ConvOptions(
+        backend=backend,
+        device=device,
+        how=precision,
+        tiles=tile or (2, 4),
+        threads=torch.get_num_threads(),
+        ncnn=ncnn and not isa,  # ncnn cannot be held to an instruction set
+        cold=cold and not quick,
+        choosing_pairs=3 if quick else 7,
+        pairs=pairs or (3 if quick else 15),
+        min_sample_seconds=0.002 if quick else 0.01,
+    )
+    try:
+        cases = _filtered(conv_cases(words, batches), filter)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layer") from None
+    _run(lambda on_row, say: run_conv(cases, options, on_row, say), output, as_json, device)
+
+
+@app.command()
+def infer(
+    models: Annotated[list[str] | None, typer.Argument(help="Default: repvgg_a0 repvgg_a2 repvgg_b1.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. Default: 1 and 8.")] = None,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
+    quick: Quick = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    device: Device = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32; on a GPU also tf32 or fp16.")] = "fp32",
+    rivals: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: all that run there.")] = None,
+    threads: Threads = None,
+    pairs: Pairs = None,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
+) -> None:
+    """Deployed networks: optimize_for_inference against torch, torch.compile, ONNX Runtime, OpenVINO and ncnn."""
+    from repkern.bench.infer import DEFAULT_MODELS, InferOptions, run_infer
+    from repkern.bench.rivals import OURS, PRECISIONS, names_for
+    from repkern.models import list_models
+
+    _check_device(device)
+    _one_of(precision, PRECISIONS if device == "cuda" else ("fp32",), "--precision")
+    models = models or list(DEFAULT_MODELS[:1] if quick else DEFAULT_MODELS)
+    for name in models:
+        if name not in list_models():
+            raise typer.BadParameter(f"{name!r} is no network; `repkern models` lists them", param_hint="MODELS")
+    known = [name for name in names_for(device) if name != OURS]
+    for name in rivals or []:
+        _one_of(name, known, "--rivals")
+    _use_threads(threads)
+    options = InferOptions(
+        rivals=rivals or [name for name in known if not (quick and name.startswith("compile"))],
+        batches=batch or ((1,) if quick else (1, 8)),
+        size=size,
+        threads=torch.get_num_threads(),
+        device=device,
+        precision=precision,
+        pairs=pairs or (3 if quick else 15),
+        min_sample_seconds=0.02 if quick else 0.1,
+        memory=memory and not quick,
+    )
+    _run(lambda on_row, say: run_infer(models, options, on_row, say), output, as_json, device)
+
+
+def _one_of(value: object, allowed: Iterable[object], option: str) -> None:
+    if value not in (allowed := list(allowed)):
+        raise typer.BadParameter(f"must be one of {', '.join(map(str, allowed))}, got {value!r}", param_hint=option)
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _again_with(environment: dict[str, str]) -> int:
+    """This command once more in a process that knows `environment` from its start; its exit code."""
+    return subprocess.run([sys.executable, *sys.orig_argv[1:]], check=False, env=os.environ | environment).returncode
+
+
 def _check_device(device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"must be cpu or cuda, got {device!r}", param_hint="--device")
@@ -150,6 +275,10 @@ def _chosen(load: Callable[[Path | None], list[Any]], shapes: Path | None, filte
         cases = load(shapes)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--shapes") from None
+    return _filtered(cases, filter)
+
+
+def _filtered(cases: list[Any], filter: str) -> list[Any]:
     chosen = [case for case in cases if filter in case.name or filter in getattr(case, "op", "")]
     if not chosen:
         names = ", ".join(case.name for case in cases)
@@ -195,9 +324,13 @@ def _run(
 
 def _line(row: Row) -> str:
     name = f"  {row.case:<18} {row.what:<16} {row.backend:<10}"
+    if row.kind == "conv":
+        name = f"  {row.case:<13} {row.what:<32} {'cold' if row.mode == 'cold weights' else 'warm'}"
     gap = f"  {row.target}: {row.verdict}" if row.target else ""
-    if row.kind == "blocks-memory":
+    if row.kind in ("blocks-memory", "infer-memory"):
         return f"{name} {row.extra_mib:8.1f} MiB, {row.ratio:.2f} x {row.baseline} at {row.limit_mib:.1f} MiB{gap}"
+    if row.kind == "conv-median":
+        return f"  {row.case:<18} {row.what:<20} {row.mode:<13} {row.ratio:6.2f} x faster than {row.baseline}{gap}"
     if row.kind == "memory":
         return f"{name} {row.extra_mib:8.1f} MiB over plain, limit {row.limit_mib:.1f} MiB{gap}"
     time = f"{name} {row.ms:9.3f} ms"
