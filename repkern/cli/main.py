@@ -12,6 +12,8 @@ from repkern.cli.info import info
 from repkern.cli.models import models
 from repkern.cli.quickstart import quickstart
 from repkern.cli.reparameterize import reparameterize
+from repkern.cli.repopt import repopt
+from repkern.cli.search import app as search_app
 
 __all__ = ["app", "main"]
 
@@ -51,6 +53,8 @@ def _root(
 
 
 app.command()(quickstart)
+app.command()(repopt)
+app.add_typer(search_app, name="search")
 app.command()(reparameterize)
 app.command()(export)
 app.command()(models)

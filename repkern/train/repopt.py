@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from repkern.models import create_model
 from repkern.models.files import replaced
 from repkern.models.small_vgg import SmallVGG
 from repkern.nn import reparameterize
@@ -44,9 +45,9 @@ _LATENCY_ROUNDS = 51
 class RepOptConfig(TrainConfig):
     """Settings of `repkern repopt`.
 
-    data: an image folder as `load_image_folder` reads it, "" for scikit-learn's digits; image_size: side of its images.
-    search_epochs: of the hyper-search, on the same training images. widths, blocks: of `SmallVGG`. augment: strength of
-    `data.random_affine`.
+    model: a name of `repkern.create_model`, "" for a `SmallVGG` of `widths` and `blocks`. search_epochs: of the
+    hyper-search, on the same training images. data: an image folder as `load_image_folder` reads it, "" for
+    scikit-learn's digits; image_size: side of its images. augment: strength of `data.random_affine`.
     """
 
     epochs: int = 24
@@ -58,6 +59,7 @@ class RepOptConfig(TrainConfig):
     warmup_epochs: int = 2
     widths: tuple[int, ...] = (32, 64)
     blocks: int = 6
+    model: str = ""
     augment: float = 1.0
     data: str = ""
     image_size: int = 32
@@ -109,16 +111,13 @@ def run_hyper_search(
     folder: Path,
     *,
     callbacks: _Callbacks = lambda name: (),
-    model: nn.Module | None = None,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Search the scales for `model` (None: the SmallVGG of `config`), continuing what is in `folder`/search.
+    """Search the scales for the network of `config`, continuing what is in `folder`/search.
 
     Writes scales.safetensors there and returns the scales and the rows of the epochs. Raises engine.Interrupted and
     CheckpointError.
     """
-    if model is None:
-        model = make_network("conv_bn", config, data)
-    search = HyperSearch(model)
+    search = HyperSearch(make_network("conv_bn", config, data))
     progress = SearchProgress(search)
     searched = search.model.to(config.device)
     optimizer = _sgd(search.parameter_groups(config.weight_decay), config)
@@ -178,11 +177,13 @@ def run_repopt(
     }
 
 
-def make_network(block: str, config: RepOptConfig, data: DigitsData) -> SmallVGG:
+def make_network(block: str, config: RepOptConfig, data: DigitsData) -> nn.Module:
     """The network of `config` with blocks of one kind; its initial values depend on the seed alone."""
     seed_everything(config.seed)
-    classes = int(data.train_labels.max()) + 1
-    return SmallVGG(config.widths, config.blocks, classes, data.train_images.shape[1], block)
+    classes, channels = int(data.train_labels.max()) + 1, data.train_images.shape[1]
+    if config.model:
+        return create_model(config.model, block=block, num_classes=classes, in_chans=channels)
+    return SmallVGG(config.widths, config.blocks, classes, channels, block)
 
 
 def make_training(
