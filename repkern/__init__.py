@@ -3,6 +3,7 @@
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP threads
 
 from repkern._info import build_info
+from repkern.deploy import optimize_for_inference
 from repkern.models import create_model, list_models
 from repkern.models.checkpoints import load_checkpoint
 from repkern.nn import OREPAConv2d, reparameterize, replace_convs
@@ -18,6 +19,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load_checkpoint",
+    "optimize_for_inference",
     "reparameterize",
     "replace_convs",
     "use_backend",
