@@ -17,11 +17,12 @@ struct WinogradParams {
   int64_t n, c, h, w, k;
   int64_t groups, padding;  // padding 0, 1, 2
   int64_t tile;             // m
+  int64_t points;           // of packed: P, or 9 for the kernels themselves, which are transformed on the way
   int64_t channels_last;
   int64_t activation;  // WinogradActivation
   DType dtype;
   const void* x;         // [N, C, H, W]
-  const void* packed;    // [g, ceil(K/g / 16), P, C/g, 16], S; zeros behind the last output channel of a group
+  const void* packed;    // [g, ceil(K/g / 16), points, C/g, 16], S; zeros behind the last output channel of a group
   const void* bias;      // [K], S; null for none
   const void* residual;  // [N, K, OH, OW], X; null for none; added before the activation
   void* out;             // [N, K, OH, OW]

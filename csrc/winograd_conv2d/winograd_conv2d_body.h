@@ -2,6 +2,7 @@
 #pragma once
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "winograd_conv2d/winograd_conv2d_expand_body.h"
 #include "winograd_conv2d/winograd_conv2d_isa.h"
 #include "winograd_conv2d/winograd_conv2d_maps_body.h"
 #include "winograd_conv2d/winograd_conv2d_transform_body.h"
@@ -30,6 +31,7 @@ class Conv {
         activate_{static_cast<WinogradActivation>(p.activation)},
         space_(workspace) {
     const int64_t inputs = P * plan_.v_point;
+    if (plan_.whole) shared_u_ = space_.template take<T>(p.groups * plan_.blocks * plan_.u_block);
     if (plan_.shared) shared_v_ = space_.template take<T>(p.groups * inputs);
     const size_t before = space_.used();
     own_ = take_own();
@@ -40,6 +42,11 @@ class Conv {
   size_t bytes() const { return bytes_; }
 
   void run(int threads) {
+    if (plan_.whole) {
+      parallel_for(p_.groups * plan_.blocks, threads, [this](int64_t block, int) {
+        Expand<T, M>::run(part_of(block, 0, shared_u_ + block * plan_.u_block), 0, plan_.cg);
+      });
+    }
     if (!plan_.shared) {
       parallel_for(plan_.count, threads, [this](int64_t unit, int thread) {
         const Own own = own_of(thread);
@@ -70,7 +77,7 @@ class Conv {
   };
   // A thread's own memory.
   struct Own {
-    T *v, *m, *zeros, *strip, *flat;
+    T *v, *m, *u, *zeros, *strip, *flat;
   };
   // Tiles next to each other in a row of tiles.
   struct Run {
@@ -86,6 +93,7 @@ class Conv {
     Own own;
     own.v = plan_.shared ? nullptr : space_.template take<T>(P * plan_.v_point);
     own.m = space_.template take<T>(P * plan_.m_point);
+    own.u = expands() ? space_.template take<T>(2 * plan_.panel * plan_.u_block) : nullptr;
     own.zeros = space_.template take<T>(plan_.vectors * W);
     own.strip = space_.template take<T>(R * plan_.strip * W);
     own.flat = space_.template take<T>(W * plan_.strip);
@@ -94,7 +102,11 @@ class Conv {
 
   Own own_of(int thread) const {
     const int64_t step = static_cast<int64_t>(own_bytes_ / sizeof(T)) * thread;
-    return {plan_.shared ? nullptr : own_.v + step, own_.m + step, own_.zeros + step, own_.strip + step,
+    return {plan_.shared ? nullptr : own_.v + step,
+            own_.m + step,
+            expands() ? own_.u + step : nullptr,
+            own_.zeros + step,
+            own_.strip + step,
             own_.flat + step};
   }
 
@@ -175,15 +187,64 @@ class Conv {
     return cols;
   }
 
+  // Weights are transformed in every chain of every panel.
+  bool expands() const { return plan_.raw && !plan_.whole; }
+
+  // The kernels of a block of outputs, counted over all groups, from channel c on: [9][C/g][16].
+  const T* kernels(int64_t block, int64_t c) const {
+    return static_cast<const T*>(p_.packed) + (block * 9 * plan_.cg + c) * kWinogradLanes;
+  }
+
+  typename Expand<T, M>::Part part_of(int64_t block, int64_t c, T* u) const {
+    return {kernels(block, c),  u, plan_.cg * kWinogradLanes, plan_.u_point, plan_.u_block,
+            least(plan_.depth, plan_.cg - c)};
+  }
+
+  // own.m = the products of `width` blocks. The kernels of the next chain are transformed between the passes of this
+  // one, so that the stores hide behind its products, and those of the chain after it come into the cache.
+  void expand_and_multiply(const Range& range, int64_t block, int64_t width, const T* v, const Own& own) const {
+    const int64_t point = plan_.cg * kWinogradLanes;
+    const int64_t streams = 9 * width <= P ? 1 : 3, passes = P * Product<T>::passes_of(width, range.count);
+    T *u = own.u, *other = own.u + plan_.panel * plan_.u_block;
+    const auto first = part_of(block, 0, u);
+    Expand<T, M>::run(first, 0, width * first.depth);
+    for (int64_t c = 0; c < plan_.cg; c += plan_.depth) {
+      const int64_t depth = least(plan_.depth, plan_.cg - c), c1 = c + depth;
+      const bool more = c1 < plan_.cg;
+      const auto part = part_of(block, more ? c1 : 0, other);
+      const int64_t vectors = more ? width * part.depth : 0, step = ceil_div(vectors, passes);
+      const T* next = c1 + part.depth < plan_.cg ? kernels(block, c1 + part.depth) : kernels(block + width, 0);
+      int64_t done = 0;
+      for (int64_t i = 0; i < P; ++i) {
+        const bool ask = i * streams < 9 * width;
+        const typename Product<T>::Chain chain{depth, plan_.v_row, plan_.u_block, c > 0,
+                                               streams, ask ? point : 0, ask ? next + i * streams * point : u};
+        Product<T>::run_chain(width, range.count, chain, v + i * plan_.v_point + c, u + i * plan_.u_point,
+                              own.m + i * plan_.m_point, [&] {
+                                const int64_t end = least(done + step, vectors);
+                                Expand<T, M>::run(part, done, end);
+                                done = end;
+                              });
+      }
+      T* swap = u;
+      u = other;
+      other = swap;
+    }
+  }
+
   // The outputs of one panel of group g for the tiles of `range`.
   void multiply(const Range& range, int64_t g, int64_t panel, const T* v, const Own& own) const {
     const int64_t first = plan_.blocks * panel / plan_.panels;
     const int64_t width = plan_.blocks * (panel + 1) / plan_.panels - first;
-    const int64_t point = plan_.cg * kWinogradLanes;
-    const T* u = static_cast<const T*>(p_.packed) + (g * plan_.blocks + first) * P * point;
-    for (int64_t i = 0; i < P; ++i) {
-      Product<T>::run(width, range.count, plan_.cg, v + i * plan_.v_point, plan_.v_row, u + i * point, P * point,
-                      own.m + i * plan_.m_point);
+    const int64_t block = g * plan_.blocks + first;
+    if (expands()) {
+      expand_and_multiply(range, block, width, v, own);
+    } else {
+      const T* u = (plan_.raw ? shared_u_ : static_cast<const T*>(p_.packed)) + block * plan_.u_block;
+      for (int64_t i = 0; i < P; ++i) {
+        Product<T>::run(width, range.count, plan_.cg, v + i * plan_.v_point, plan_.v_row, u + i * plan_.u_point,
+                        plan_.u_block, own.m + i * plan_.m_point);
+      }
     }
     const int64_t row = width * kWinogradLanes, k0 = first * kWinogradLanes;
     each_run(range, [&](const Run& run, int64_t t) {
@@ -241,6 +302,7 @@ class Conv {
   Activate<T> activate_;
   Workspace space_;
   T* shared_v_ = nullptr;
+  T* shared_u_ = nullptr;
   Own own_;
   size_t own_bytes_, bytes_;
 };

@@ -44,6 +44,29 @@ struct Polynomials {
   }
 };
 
+// G without its last row (0, 0, 1): `zero` is row 0, which has one entry; row[p] that of q_p; that of -q_p differs in the
+// sign of its middle entry.
+template <int M>
+struct FilterRows {
+  static constexpr int H = M / 2;
+  double zero;
+  double row[H][3];
+
+  constexpr FilterRows() : zero(1), row{} {
+    for (int p = 0; p < H; ++p) {
+      const double q = Pairs<M>::q[p];
+      double scale = 2 * q * q;
+      for (int o = 0; o < H; ++o) {
+        if (o != p) scale *= (q - Pairs<M>::q[o]) * (q + Pairs<M>::q[o]);
+      }
+      row[p][0] = 1 / scale;
+      row[p][1] = q / scale;
+      row[p][2] = q * q / scale;
+      zero /= -q * q;
+    }
+  }
+};
+
 template <int M>
 struct Filter {
   static constexpr int R = M + 2, P = R * R;

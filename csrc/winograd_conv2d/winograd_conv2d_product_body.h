@@ -20,9 +20,13 @@ struct Product {
   static constexpr int64_t kChain = 128;
 
   // One chain: the strides of v from tile to tile and of u from block to block, and whether m holds the chains before.
+  // The first `streams` passes over the weights ask for the memory from `ahead`, ahead_step apart; with none, for u of
+  // the next chain.
   struct Chain {
     int64_t depth, v_row, u_block;
     bool add;
+    int64_t streams = 0, ahead_step = 0;
+    const T* ahead = nullptr;
   };
 
   static constexpr int most_tiles(int blocks) {
@@ -67,14 +71,21 @@ struct Product {
     }
   }
 
+  // How often run_chain goes over the weights.
+  static int64_t passes_of(int64_t blocks, int64_t tiles) {
+    const int most = most_tiles(static_cast<int>(blocks));
+    return (tiles + most - 1) / most;
+  }
+
   template <int NB, int NT, int NF>
   static void pick(int tiles, const Chain& chain, const T* v, const T* u, const T* ahead, T* m) {
     if (tiles == NT) return micro<NB, NT, NF>(chain, v, u, ahead, m);
     if constexpr (NT > 1) pick<NB, NT - 1, NF>(tiles, chain, v, u, ahead, m);
   }
 
-  template <int NB>
-  static void run_blocks(int64_t tiles, const Chain& chain, const T* v, const T* u, T* m) {
+  // Calls between() after each pass over the weights.
+  template <int NB, class Between>
+  static void run_blocks(int64_t tiles, const Chain& chain, const T* v, const T* u, T* m, const Between& between) {
     if constexpr (NB <= kMostBlocks) {
       constexpr int most = most_tiles(NB), half = (NB + 1) / 2;
       // The weights of the next chain come while the first two passes compute: asked for in one pass, they would be
@@ -83,13 +94,20 @@ struct Product {
       const int64_t passes = (tiles + most - 1) / most;
       for (int64_t pass = 0, left = tiles; pass < passes; ++pass) {
         const int now = static_cast<int>((left + passes - pass - 1) / (passes - pass));
-        if (passes == 1) {
+        if (chain.streams > 0) {
+          if (pass < chain.streams) {
+            pick<NB, most, 1>(now, chain, v, u, chain.ahead + pass * chain.ahead_step, m);
+          } else {
+            pick<NB, most, 0>(now, chain, v, u, u, m);
+          }
+        } else if (passes == 1) {
           pick<NB, most, NB>(now, chain, v, u, next, m);
         } else if (pass < 2) {
           pick<NB, most, half>(now, chain, v, u, next + pass * (NB - half) * chain.u_block, m);
         } else {
           pick<NB, most, 0>(now, chain, v, u, next, m);
         }
+        between();
         v += now * chain.v_row;
         m += now * NB * kWinogradLanes;
         left -= now;
@@ -97,16 +115,18 @@ struct Product {
     }
   }
 
-  static void run_chain(int64_t blocks, int64_t tiles, const Chain& chain, const T* v, const T* u, T* m) {
+  template <class Between>
+  static void run_chain(int64_t blocks, int64_t tiles, const Chain& chain, const T* v, const T* u, T* m,
+                        const Between& between) {
     switch (blocks) {
       case 1:
-        return run_blocks<1>(tiles, chain, v, u, m);
+        return run_blocks<1>(tiles, chain, v, u, m, between);
       case 2:
-        return run_blocks<2>(tiles, chain, v, u, m);
+        return run_blocks<2>(tiles, chain, v, u, m, between);
       case 3:
-        return run_blocks<3>(tiles, chain, v, u, m);
+        return run_blocks<3>(tiles, chain, v, u, m, between);
       default:
-        return run_blocks<4>(tiles, chain, v, u, m);
+        return run_blocks<4>(tiles, chain, v, u, m, between);
     }
   }
 
@@ -115,7 +135,7 @@ struct Product {
                   T* m) {
     for (int64_t c = 0; c < depth; c += kChain) {
       const Chain chain{depth - c < kChain ? depth - c : kChain, v_row, u_block, c > 0};
-      run_chain(blocks, tiles, chain, v + c, u + c * kWinogradLanes, m);
+      run_chain(blocks, tiles, chain, v + c, u + c * kWinogradLanes, m, [] {});
     }
   }
 };

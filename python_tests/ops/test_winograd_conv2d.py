@@ -7,7 +7,13 @@ from torch.nn import functional
 from repkern import testing
 from repkern.bench import conv
 from repkern.bench.registry import conv_cases
-from repkern.ops import winograd_conv2d, winograd_conv2d_packed, winograd_transform_weight
+from repkern.ops import (
+    winograd_conv2d,
+    winograd_conv2d_packed,
+    winograd_pack_weight,
+    winograd_transform_weight,
+)
+from repkern.ops.winograd_conv2d import reference
 
 CPU = [target for target in testing.targets() if target.backend in ("reference", "cpu")]
 TARGETS = [pytest.param(target, id=str(target)) for target in CPU]
@@ -151,6 +157,94 @@ def test_packed_weights_give_the_same_bits():
     assert not packed[..., 9:].any()
     again = winograd_conv2d_packed(x, packed, bias, out_channels=9, tile=4, activation="relu")
     assert torch.equal(again, winograd_conv2d(x, weight, bias, activation="relu", tile=4))
+
+
+def from_kernels(x, weight, bias=None, tile=4, groups=1, **options):
+    packed = winograd_pack_weight(weight, groups=groups)
+    return winograd_conv2d_packed(x, packed, bias, out_channels=weight.shape[0], tile=tile, groups=groups, **options)
+
+
+def test_packed_kernels_hold_the_weight():
+    weight = maps(36, 5, 3, 3).float()
+    packed = winograd_pack_weight(weight, groups=2)
+    assert packed.shape == (2, 2, 9, 5, 16)
+    assert packed.dtype == torch.float32
+    assert torch.equal(packed[1, 1, 4, 3, :2], weight[34:, 3, 1, 1])
+    assert not packed[:, 1, ..., 2:].any()
+    assert torch.equal(reference.unpack_weight(packed, 36), weight)
+    assert winograd_pack_weight(weight.half()).dtype == torch.float32
+    assert winograd_pack_weight(weight.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"\[K, C/g, 3, 3\], got \(6, 4, 5, 5\); other kernels: torch.conv2d"):
+        winograd_pack_weight(torch.zeros(6, 4, 5, 5))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.parametrize(("channels", "outputs", "size"), [(3, 16, 20), (192, 80, 13), (512, 48, 7), (2048, 16, 4)])
+def test_packed_kernels_are_as_accurate_as_promised(tile, channels, outputs, size, target):
+    x, weight = maps(2, channels, size, size).relu(), maps(outputs, channels, 3, 3, seed=1) / (9 * channels) ** 0.5
+    wanted = functional.conv2d(x.float().double(), weight.float().double(), padding=1)
+    with target.active():
+        got = from_kernels(x.float(), weight.float(), tile=tile)
+    assert relative(got, wanted) <= ALLOWED[tile]
+
+
+@pytest.mark.parametrize("isa", [t for t in TARGETS if t.values[0].backend == "cpu"])
+@pytest.mark.parametrize(("images", "channels", "outputs", "size", "groups"), [
+    (1, 40, 100, 7, 1), (3, 200, 150, 14, 1), (2, 260, 290, 13, 2),
+])  # fmt: skip
+def test_packed_kernels_give_the_same_bits_for_threads_batches_and_formats(
+    images, channels, outputs, size, groups, isa, threads
+):
+    x = maps(images, channels, size, size).float()
+    weight, bias = maps(outputs, channels // groups, 3, 3).float(), maps(outputs).float()
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        for form in FORMATS:
+            with isa.active():
+                results.append(from_kernels(x.contiguous(memory_format=form), weight, bias, groups=groups))
+    with isa.active():
+        alone = from_kernels(x[-1:], weight, bias, groups=groups)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(alone, results[0][-1:])
+    wanted = functional.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=groups)
+    assert relative(results[0], wanted) <= ALLOWED[4]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("channels", [18, 260])
+def test_nan_stays_in_its_tile_with_packed_kernels(tile, channels, target):
+    x, weight = torch.ones(1, channels, 12, 12), torch.ones(70, channels, 3, 3)
+    x[0, 3, 4, 4] = torch.nan
+    with target.active():
+        broken = from_kernels(x, weight, tile=tile)[0].isnan()
+    assert broken[:, 3:6, 3:6].all()
+    first, last = 3 // tile * tile, 5 // tile * tile + tile
+    broken[:, first:last, first:last] = False
+    assert not broken.any()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_packed_kernels_are_read_from_any_place(target):
+    x, weight = maps(1, 70, 9, 10).float(), maps(40, 70, 3, 3).float()
+    packed = winograd_pack_weight(weight)
+    guarded = torch.full((packed.numel() + 65,), torch.nan)
+    inside = guarded[33:-32].view_as(packed).copy_(packed)
+    with target.active():
+        wanted = winograd_conv2d_packed(x, packed, out_channels=40, tile=4)
+        assert torch.equal(winograd_conv2d_packed(x, inside, out_channels=40, tile=4), wanted)
+        spread = packed.repeat_interleave(2, 3)[:, :, :, ::2]
+        assert torch.equal(winograd_conv2d_packed(x, spread, out_channels=40, tile=4), wanted)
+    assert torch.isfinite(wanted).all()
+
+
+def test_packed_weights_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"`packed` must have shape \(1, 1, 36, 4, 16\), got \(1, 1, 9, 3, 16\)"):
+        winograd_conv2d_packed(torch.zeros(X), torch.zeros(1, 1, 9, 3, 16), out_channels=6, tile=4)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        from_kernels(torch.zeros(X), torch.zeros(W, requires_grad=True))
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

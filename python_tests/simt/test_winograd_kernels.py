@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from repkern import testing
-from repkern.ops import OPS, use_backend, winograd_conv2d
+from repkern.ops import OPS, use_backend, winograd_conv2d, winograd_conv2d_packed, winograd_pack_weight
 from repkern.ops._select import why_not
 from repkern.ops.winograd_conv2d import reference
+from repkern.ops.winograd_conv2d.contract import is_transformed
 from repkern.ops.winograd_conv2d.matrices import matrices
 from repkern.ops.winograd_conv2d.samples import _SLOPE
 from repkern.testing import Sample, error_bounds
@@ -85,6 +86,8 @@ def test_the_paths_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sample", QUICK)
 def test_tf32_rounds_both_factors(sample: Sample) -> None:
     x, packed, _, _, outputs, tile, padding, groups, _ = sample.args
+    if not is_transformed(packed):
+        packed = reference.winograd_transform_weight(reference.unpack_weight(packed, outputs), tile, groups)
     own = matrices(tile)
     size = reference.tiled_product(x.abs(), packed.abs(), outputs, padding, groups, own.a.abs(), own.b.abs())
     bound = error_bounds(OP, sample, torch.float32)[0] + _SLOPE * (2 * TF32_ROUNDOFF + TF32_ROUNDOFF**2) * size
@@ -152,6 +155,16 @@ def test_pointers_that_are_not_16_byte_aligned(tile: int, path: str, monkeypatch
     with use_backend("simt"):
         wanted = OP(x, packed, None, None, 20, tile, 1, 1, 0)
         got = OP(shifted(x), shifted(packed), None, None, 20, tile, 1, 1, 0)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_packed_kernels_give_the_bits_of_transformed_ones(tile: int) -> None:
+    x, weight = maps(1, 8, 6, 7).float(), maps(36, 4, 3, 3, seed=1).float()
+    with use_backend("simt"):
+        wanted = winograd_conv2d(x, weight, groups=2, tile=tile)
+        packed = winograd_pack_weight(weight, groups=2)
+        got = winograd_conv2d_packed(x, packed, out_channels=36, tile=tile, groups=2)
     assert torch.equal(got, wanted)
 
 

@@ -14,7 +14,12 @@ from repkern.ops.compose_sequential import compose_sequential
 from repkern.ops.grad_mult_adamw import grad_mult_adamw_
 from repkern.ops.grad_mult_sgd import grad_mult_sgd_
 from repkern.ops.orepa_squeeze import SqueezeBranches, orepa_squeeze, orepa_squeeze_many
-from repkern.ops.winograd_conv2d import winograd_conv2d, winograd_conv2d_packed, winograd_transform_weight
+from repkern.ops.winograd_conv2d import (
+    winograd_conv2d,
+    winograd_conv2d_packed,
+    winograd_pack_weight,
+    winograd_transform_weight,
+)
 
 __all__ = [
     "BACKENDS",
@@ -35,5 +40,6 @@ __all__ = [
     "use_backend",
     "winograd_conv2d",
     "winograd_conv2d_packed",
+    "winograd_pack_weight",
     "winograd_transform_weight",
 ]

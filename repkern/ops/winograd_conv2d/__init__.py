@@ -18,8 +18,16 @@ from repkern.ops.winograd_conv2d.contract import (
     packed_shape,
 )
 from repkern.ops.winograd_conv2d.matrices import TILES
+from repkern.ops.winograd_conv2d.reference import pack
 
-__all__ = ["ACTIVATIONS", "TILES", "winograd_conv2d", "winograd_conv2d_packed", "winograd_transform_weight"]
+__all__ = [
+    "ACTIVATIONS",
+    "TILES",
+    "winograd_conv2d",
+    "winograd_conv2d_packed",
+    "winograd_pack_weight",
+    "winograd_transform_weight",
+]
 
 _HALF = (torch.bfloat16, torch.float16)
 _INSTEAD = "it is for inference: use torch.conv2d to train, or call it under torch.no_grad()"
@@ -64,6 +72,17 @@ def winograd_transform_weight(weight: Tensor, tile: int, *, groups: int = 1) -> 
     return _weight_op(weight, tile, groups)
 
 
+def winograd_pack_weight(weight: Tensor, *, groups: int = 1) -> Tensor:
+    """The kernels themselves, once per weight, for `winograd_conv2d_packed` with any tile.
+
+    weight [K, C/g, 3, 3] in float32, float64, bfloat16 or float16. Returns [g, ceil(K/g / 16), 9, C/g, 16], float32
+    (float64 for float64), zeros behind the last output channel: as large as the weight. The CPU kernels transform it in
+    the cache, a part at a time; on other backends every call transforms it first.
+    """
+    check_weight(weight, TILES[0], groups)
+    return pack(weight.flatten(2), groups).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
+
+
 def winograd_conv2d_packed(
     x: Tensor,
     packed: Tensor,
@@ -76,9 +95,10 @@ def winograd_conv2d_packed(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `winograd_conv2d`, with weights transformed before by `winograd_transform_weight` for the same tile.
+    """As `winograd_conv2d`, with weights prepared by `winograd_transform_weight` for the same tile, or by
+    `winograd_pack_weight`.
 
-    packed and bias are float32, or float64 with x.
+    packed and bias are float32, or float64 with x. Packed kernels give other roundings than transformed ones.
     """
     return _packed_op(x, packed, bias, residual, out_channels, tile, padding, groups, _code(activation))
 

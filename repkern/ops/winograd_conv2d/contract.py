@@ -15,6 +15,8 @@ __all__ = [
     "blocks_of",
     "check_conv",
     "check_weight",
+    "is_transformed",
+    "kernels_shape",
     "map_format",
     "output_size",
     "packed_shape",
@@ -35,6 +37,16 @@ def blocks_of(outputs_per_group: int) -> int:
 def packed_shape(out_channels: int, inputs_per_group: int, tile: int, groups: int) -> tuple[int, ...]:
     """[g, ceil(K/g / 16), (tile + 2)^2, C/g, 16]."""
     return groups, blocks_of(out_channels // groups), (tile + 2) ** 2, inputs_per_group, LANES
+
+
+def kernels_shape(out_channels: int, inputs_per_group: int, groups: int) -> tuple[int, ...]:
+    """[g, ceil(K/g / 16), 9, C/g, 16]."""
+    return groups, blocks_of(out_channels // groups), 9, inputs_per_group, LANES
+
+
+def is_transformed(packed: Tensor) -> bool:
+    """Whether packed weights are transformed filters, or else the kernels themselves."""
+    return packed.shape[2] != 9
 
 
 def map_format(x: Tensor) -> torch.memory_format:
@@ -99,7 +111,9 @@ def check_conv(
         raise ValueError(f"{OP}: `padding` must be 0, 1 or 2, got {padding}; other paddings: torch.conv2d")
     if not 0 <= activation < len(ACTIVATIONS):
         raise ValueError(f"{OP}: `activation` must be a code below {len(ACTIVATIONS)}, got {activation}")
-    _check.require_shape(OP, "packed", packed, packed_shape(out_channels, x.shape[1] // groups, tile, groups))
+    inputs = x.shape[1] // groups
+    if packed.shape != kernels_shape(out_channels, inputs, groups):
+        _check.require_shape(OP, "packed", packed, packed_shape(out_channels, inputs, tile, groups))
     size = output_size(x, padding)
     if bias is not None:
         _check.require_shape(OP, "bias", bias, (out_channels,))

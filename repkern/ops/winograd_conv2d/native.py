@@ -8,7 +8,8 @@ from torch import Tensor
 from repkern.ops import _check
 from repkern.ops._check import DTYPE_CODE
 from repkern.ops._library import Native
-from repkern.ops.winograd_conv2d.contract import map_format, output_size, packed_shape
+from repkern.ops.winograd_conv2d.contract import is_transformed, map_format, output_size, packed_shape
+from repkern.ops.winograd_conv2d.reference import unpack_weight
 
 __all__ = ["winograd_conv2d_packed", "winograd_transform_weight"]
 
@@ -27,6 +28,8 @@ def winograd_conv2d_packed(
     activation: int,
 ) -> Tensor:
     """[N, K, H + 2 padding - 2, W + 2 padding - 2] in the memory format of x."""
+    if native.suffix != "cpu" and not is_transformed(packed):
+        packed = winograd_transform_weight(native, plan, unpack_weight(packed, out_channels), tile, groups)
     form = map_format(x)
     x, packed = x.contiguous(memory_format=form), packed.contiguous()
     bias = bias if bias is None else bias.contiguous()
@@ -34,7 +37,8 @@ def winograd_conv2d_packed(
     shape = (x.shape[0], out_channels, *output_size(x, padding))
     out = _check.empty(shape, x.dtype, x.device, form)
     # The fields of csrc/winograd_conv2d/winograd_conv2d.h's WinogradParams, in its order.
-    fields = [*x.shape, out_channels, groups, padding, tile, int(form is torch.channels_last), activation]
+    fields = [*x.shape, out_channels, groups, padding, tile, packed.shape[2]]
+    fields += [int(form is torch.channels_last), activation]
     fields += [DTYPE_CODE[x.dtype], x.data_ptr(), packed.data_ptr()]
     fields += [_check.pointer(bias), _check.pointer(residual), out.data_ptr()]
     name = "winograd_conv2d_packed"

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, LANES, blocks_of, map_format
+from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, LANES, blocks_of, is_transformed, map_format
 from repkern.ops.winograd_conv2d.matrices import matrices
 
-__all__ = ["activate", "pack", "tiled_product", "winograd_conv2d_packed", "winograd_transform_weight"]
+__all__ = ["activate", "pack", "tiled_product", "unpack_weight", "winograd_conv2d_packed", "winograd_transform_weight"]
 
 
 def winograd_transform_weight(weight: Tensor, tile: int, groups: int) -> Tensor:
@@ -28,6 +28,13 @@ def pack(transformed: Tensor, groups: int) -> Tensor:
     return padded.unflatten(1, (blocks, LANES)).permute(0, 1, 4, 3, 2).contiguous()
 
 
+def unpack_weight(packed: Tensor, out_channels: int) -> Tensor:
+    """The kernels [K, C/g, 3, 3] of [g, ceil(K/g / 16), 9, C/g, 16]."""
+    groups = packed.shape[0]
+    per_group = packed.permute(0, 1, 4, 3, 2).flatten(1, 2)[:, : out_channels // groups]
+    return per_group.flatten(0, 1).unflatten(-1, (3, 3))
+
+
 def winograd_conv2d_packed(
     x: Tensor,
     packed: Tensor,
@@ -40,6 +47,8 @@ def winograd_conv2d_packed(
     activation: int,
 ) -> Tensor:
     """activation(conv3x3(x) + bias + residual) [N, K, H + 2 padding - 2, W + 2 padding - 2]."""
+    if not is_transformed(packed):
+        packed = winograd_transform_weight(unpack_weight(packed, out_channels), tile, groups)
     m = matrices(tile)
     a, b = (matrix.to(x.device, packed.dtype) for matrix in (m.a, m.b))
     y = tiled_product(x.to(packed.dtype), packed, out_channels, padding, groups, a, b)

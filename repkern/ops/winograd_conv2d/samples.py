@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repkern.ops._sample import Sample
 from repkern.ops.winograd_conv2d import reference
-from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, output_size
+from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, is_transformed, output_size
 from repkern.ops.winograd_conv2d.matrices import matrices
 
 __all__ = ["samples"]
@@ -33,10 +33,13 @@ class _Case(NamedTuple):
     bias: bool = True
     residual: bool = False
     channels_last: bool = False
+    kernels: bool = False  # packed weights are the kernels themselves
     slow: bool = False
 
     def __str__(self) -> str:
-        marks = [self.activation] + [name for name in ("bias", "residual", "channels_last") if getattr(self, name)]
+        marks = [self.activation] + [
+            name for name in ("bias", "residual", "channels_last", "kernels") if getattr(self, name)
+        ]
         sizes = f"{self.n}x{self.c}x{self.h}x{self.w}_k{self.k}_f{self.tile}_p{self.padding}_g{self.groups}"
         return "_".join([sizes, *marks])
 
@@ -55,12 +58,19 @@ _CASES = (
     _Case(2, 34, 36, 9, 2, groups=2, residual=True, activation="relu6"),
     _Case(5, 4, 70, 2, 2, tile=2, residual=True, channels_last=True),
     _Case(1, 33, 31, 17, 16, tile=6, channels_last=True, residual=True),
+    _Case(1, 3, 1, 2, 3, kernels=True),
+    _Case(2, 34, 36, 5, 6, tile=2, groups=2, channels_last=True, kernels=True, residual=True),
+    _Case(1, 18, 70, 7, 9, activation="silu", kernels=True),
+    _Case(1, 17, 33, 7, 13, tile=6, padding=2, channels_last=True, kernels=True),
 )
 _SLOW = (
     _Case(1, 64, 96, 29, 31, slow=True),
     _Case(2, 48, 112, 19, 23, channels_last=True, residual=True, slow=True),
     _Case(1, 192, 64, 7, 7, tile=2, slow=True),
     _Case(9, 20, 20, 14, 15, tile=6, groups=4, channels_last=True, slow=True),
+    _Case(1, 197, 152, 14, 13, kernels=True, slow=True),
+    _Case(1, 260, 68, 10, 9, tile=2, channels_last=True, kernels=True, slow=True),
+    _Case(1, 330, 120, 7, 11, tile=6, groups=2, channels_last=True, kernels=True, slow=True),
 )
 
 
@@ -71,8 +81,9 @@ def samples(op_name: str) -> list[Sample]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    make = _conv if op_name == "winograd_conv2d_packed" else _weight
-    return [make(case, random) for case in _CASES + _SLOW]
+    if op_name == "winograd_conv2d_packed":
+        return [_conv(case, random) for case in _CASES + _SLOW]
+    return [_weight(case, random) for case in _CASES + _SLOW if not case.kernels]
 
 
 def _weight(case: _Case, random: Callable[..., Tensor]) -> Sample:
@@ -85,7 +96,11 @@ def _conv(case: _Case, random: Callable[..., Tensor]) -> Sample:
         return values.contiguous(memory_format=torch.channels_last) if case.channels_last else values
 
     x = like_map(random(case.n, case.c, case.h, case.w))
-    packed = reference.winograd_transform_weight(random(case.k, case.c // case.groups, 3, 3), case.tile, case.groups)
+    weight = random(case.k, case.c // case.groups, 3, 3)
+    if case.kernels:
+        packed = reference.pack(weight.flatten(2), case.groups)
+    else:
+        packed = reference.winograd_transform_weight(weight, case.tile, case.groups)
     bias = random(case.k) if case.bias else None
     residual = like_map(random(case.n, case.k, *output_size(x, case.padding))) if case.residual else None
     options = (case.k, case.tile, case.padding, case.groups, ACTIVATIONS.index(case.activation))
@@ -115,7 +130,9 @@ def _conv_bounds(args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
     A rounding of the transforms and products happens in S, the result is rounded to the maps' dtype once.
     """
     x, packed, bias, residual, out_channels, tile, padding, groups, _ = args
-    own = matrices(tile)
+    own, transformed = matrices(tile), is_transformed(packed)
+    if not transformed:
+        packed = _absolute_weight(reference.unpack_weight(packed, out_channels), tile, groups)
     size = reference.tiled_product(x.abs(), packed.abs(), out_channels, padding, groups, own.a.abs(), own.b.abs())
     if bias is not None:
         size = size + bias.abs().view(-1, 1, 1)
@@ -124,4 +141,6 @@ def _conv_bounds(args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
     u = torch.finfo(dtype).eps / 2
     # Two passes of B and of A (r terms each, and the rounding of their coefficients), the sum over channels, bias, sum.
     roundings = 4 * (tile + 3) + x.shape[1] // groups + 2 + _ACTIVATION_ROUNDINGS
+    # Two passes of G: three terms and the rounding of their coefficients.
+    roundings += 0 if transformed else 2 * 4
     return [_SLOPE * roundings * u / (1 - roundings * u) * size]

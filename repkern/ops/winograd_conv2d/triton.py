@@ -19,8 +19,16 @@ from repkern.ops._triton import (
     stored_dtype,
 )
 from repkern.ops.winograd_conv2d import triton_kernels as kernels
-from repkern.ops.winograd_conv2d.contract import LANES, blocks_of, map_format, output_size, packed_shape
+from repkern.ops.winograd_conv2d.contract import (
+    LANES,
+    blocks_of,
+    is_transformed,
+    map_format,
+    output_size,
+    packed_shape,
+)
 from repkern.ops.winograd_conv2d.matrices import matrices
+from repkern.ops.winograd_conv2d.reference import unpack_weight
 
 __all__ = ["winograd_conv2d_packed", "winograd_transform_weight"]
 
@@ -96,6 +104,8 @@ def winograd_conv2d_packed(
 
     Half maps are multiplied in their own dtype and added up in float32.
     """
+    if not is_transformed(packed):
+        packed = winograd_transform_weight(unpack_weight(packed, out_channels), tile, groups)
     form = map_format(x)
     x, packed = x.contiguous(memory_format=form), packed.contiguous()
     bias = bias if bias is None else bias.contiguous()
