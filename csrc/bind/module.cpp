@@ -13,6 +13,7 @@ namespace repkern {
 
 void register_branch_norm_add(py::module_& m);
 void register_compose_sequential(py::module_& m);
+void register_direct_conv2d(py::module_& m);
 void register_orepa_squeeze(py::module_& m);
 void register_winograd_conv2d(py::module_& m);
 
@@ -39,13 +40,13 @@ py::dict build_info() {
 }
 
 void set_isa_by_name(const std::string& name) {
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx}) {
     if (name != isa_name(isa)) continue;
     const char* problem = set_isa(isa);
     if (problem != nullptr) throw py::value_error("isa '" + name + "': " + problem);
     return;
   }
-  throw py::value_error("isa must be scalar, avx2 or avx512, got '" + name + "'");
+  throw py::value_error("isa must be scalar, avx2, avx512 or amx, got '" + name + "'");
 }
 
 }  // namespace
@@ -57,6 +58,7 @@ PYBIND11_MODULE(REPKERN_MODULE_NAME, m) {
   m.def("set_isa", &repkern::set_isa_by_name, py::arg("name"));
   repkern::register_branch_norm_add(m);
   repkern::register_compose_sequential(m);
+  repkern::register_direct_conv2d(m);
   repkern::register_orepa_squeeze(m);
   repkern::register_winograd_conv2d(m);
 }

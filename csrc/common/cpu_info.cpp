@@ -5,8 +5,31 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace repkern {
 namespace {
+
+// Linux gives tiles to a process that asks for them, once and for all of its threads.
+[[maybe_unused]] bool tiles_granted() {
+#if defined(__linux__) && defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  constexpr unsigned kVectorBf16 = 1u << 5;
+  if ((a & kVectorBf16) == 0) return false;
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -14,7 +37,7 @@ Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::avx512;
+  if (avx2 && avx512) return tiles_granted() ? Isa::amx : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::scalar;
@@ -23,7 +46,7 @@ Isa detect() {
 Isa initial() {
   const char* wanted = std::getenv("REPKERN_ISA");
   if (wanted != nullptr) {
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx}) {
       if (std::strcmp(wanted, isa_name(isa)) == 0 && isa <= isa_found()) return isa;
     }
   }
@@ -52,6 +75,8 @@ const char* set_isa(Isa isa) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

@@ -17,6 +17,7 @@ namespace repkern {
 template <class Function>
 Function* chosen_build(Function* scalar, Function* avx2, Function* avx512) {
   switch (isa_used()) {
+    case Isa::amx:
     case Isa::avx512:
       return avx512;
     case Isa::avx2:

@@ -19,9 +19,9 @@ BRANCHES = ("origin", "avg", "prior", "pointwise", "expand", "project")
 
 
 def isas():
-    names = ["scalar", "avx2", "avx512"]
+    names = ["scalar", "avx2", "avx512", "amx"]
     found = _native.native_build_info().get("isa_found", "scalar")
-    return names[: names.index(found) + 1]
+    return [name for name in names[: names.index(found) + 1] if name != "amx"]
 
 
 @pytest.fixture(params=isas())
@@ -63,6 +63,21 @@ def check(op_name, sample):
 def check_squeeze(*layers):
     check("orepa_squeeze_many", squeeze._forward("edge", list(layers)))
     check("orepa_squeeze_many_backward", squeeze._backward("edge", list(layers)))
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_a_machine_with_amx_runs_what_is_written_for_avx512(name):
+    module = _native.load("cpu")
+    if module.build_info()["isa_found"] != "amx":
+        pytest.skip("no AMX here")
+    before, results = module.build_info()["isa_used"], []
+    args = map_tensors(testing.samples_of(OPS[name])[1].args, lambda t: t.float())
+    for level in ("avx512", "amx"):
+        module.set_isa(level)
+        assert module.build_info()["isa_used"] == level
+        results.append(run(OPS[name], args))
+    module.set_isa(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("channels", EDGES)

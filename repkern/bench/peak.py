@@ -15,7 +15,7 @@ __all__ = ["Peak", "measure_peak"]
 
 _REPEATS = 6
 _FMA_FLOPS = 2
-_VECTOR_BITS = {"avx512": 512, "avx2": 256}
+_VECTOR_BITS = {"amx": 512, "avx512": 512, "avx2": 256}
 _FMA_UNITS = 2  # of every x86 server core with these widths; a printed upper bound, no result depends on it
 
 

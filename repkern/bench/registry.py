@@ -44,6 +44,8 @@ bn_8x8_last    branch_norm_add     16,192,8,8*3 channels_last
 
 # winograd_conv2d: channels (in and out), height and width of the layers of VGG-like networks; batch 1 and 8
 CONV_CASES = "64,112 64,56 128,28 256,14 192,14 96,28 48,56 512,7 512,14"
+# direct_conv2d: inputs, outputs, height and width, kernel, stride of the other layers of deployed networks
+DIRECT_CASES = """3,48,224,3,2 3,64,224,3,2 48,48,112,3,2 64,128,56,3,2 96,192,28,3,2 192,1280,14,3,2 512,512,14,1,1"""
 _CONV_BATCHES = (1, 8)
 
 _OPS = ("orepa_squeeze", "orepa_squeeze_many", "compose_sequential", "branch_norm_add")

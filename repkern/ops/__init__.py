@@ -11,6 +11,12 @@ from repkern.ops.branch_norm_add import (
     branch_norm_sums,
 )
 from repkern.ops.compose_sequential import compose_sequential
+from repkern.ops.direct_conv2d import (
+    direct_conv2d,
+    direct_conv2d_packed,
+    direct_pack_weight,
+    direct_unpack_weight,
+)
 from repkern.ops.grad_mult_adamw import grad_mult_adamw_
 from repkern.ops.grad_mult_sgd import grad_mult_sgd_
 from repkern.ops.orepa_squeeze import SqueezeBranches, orepa_squeeze, orepa_squeeze_many
@@ -33,6 +39,10 @@ __all__ = [
     "branch_norm_statistics",
     "branch_norm_sums",
     "compose_sequential",
+    "direct_conv2d",
+    "direct_conv2d_packed",
+    "direct_pack_weight",
+    "direct_unpack_weight",
     "grad_mult_adamw_",
     "grad_mult_sgd_",
     "orepa_squeeze",

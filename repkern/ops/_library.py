@@ -65,6 +65,7 @@ class Op:
     check: Callable[..., Any]
     differentiable: bool = True
     mutates: tuple[int, ...] = ()  # the arguments changed in place; their version counters go up
+    backends: tuple[str, ...] = _select.BACKENDS
 
     def implementation(self, backend: str) -> Callable[..., Any]:
         """The function that runs this op on `backend`: (*args) as in the schema, for native ones (plan, *args)."""
@@ -92,7 +93,7 @@ class Op:
 
     def run_checked(self, plan: Any, *args: Any) -> Any:
         """As `run`, for arguments whose shapes, dtypes and devices `check` has seen, with the plan it gave."""
-        backend = _select.choose(self.name, _first_tensor(args).device.type)
+        backend = _select.choose(self.name, _first_tensor(args).device.type, self.backends)
         implementation = self.implementation(backend)
         answer = implementation(plan, *args) if _MODULE_OF[backend] == "native" else implementation(*args)
         if self.mutates and backend != "reference" and not torch.is_inference_mode_enabled():
@@ -129,6 +130,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     inference_only: str | None = None,
     mutates: tuple[int, ...] = (),
+    backends: tuple[str, ...] = _select.BACKENDS,
 ) -> Op:
     """Register `repkern::<name>` and add it to the op table.
 
@@ -136,12 +138,13 @@ def define_op(
     `backward(ctx, *grads) -> one gradient (or list) per argument` make it differentiable; without them it is a backward
     op, and where it is differentiated again its reference runs instead. `inference_only` says what to use instead where
     a gradient would be recorded, which is then a RuntimeError. `mutates`: the arguments that the op changes in place,
-    as the schema says; such an op returns nothing and refuses gradients too.
+    as the schema says; such an op returns nothing and refuses gradients too. `backends`: those the op is
+    written for.
     """
     if mutates:
         inference_only = "call it under torch.no_grad()"
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check, inference_only is None, mutates)
+    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check, inference_only is None, mutates, backends)
     OPS[name] = op
 
     def run_fake(*args: Any) -> Any:

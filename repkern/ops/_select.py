@@ -95,20 +95,24 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(op: str, device_type: str) -> str:
-    """The backend for `op` on tensors of `device_type`. A forced backend that cannot run raises RuntimeError."""
-    return _choose(op, device_type, _forced)
+def choose(op: str, device_type: str, written: tuple[str, ...] = BACKENDS) -> str:
+    """The backend for `op`, `written` for some, on `device_type`. A forced backend that cannot run: RuntimeError."""
+    return _choose(op, device_type, _forced, written)
 
 
 @functools.cache
-def _choose(op: str, device_type: str, forced: str) -> str:
+def _choose(op: str, device_type: str, forced: str, written: tuple[str, ...]) -> str:
+    def obstacle(backend: str) -> str | None:
+        known = backend in written or backend not in BACKENDS
+        return why_not(backend, device_type) if known else f"this op has it for {', '.join(written)} only"
+
     if forced != "auto":
-        reason = why_not(forced, device_type)
+        reason = obstacle(forced)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for but cannot run: {reason}")
         return forced
     for backend in _PREFERRED.get(device_type, ("reference",)):
-        reason = why_not(backend, device_type)
+        reason = obstacle(backend)
         if reason is None:
             _logger.info("%s on %s: backend %s", op, device_type, backend)
             return backend

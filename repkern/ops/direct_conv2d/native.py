@@ -1,0 +1,64 @@
+"""direct_conv2d on the native kernels: allocate, collect pointers, call. Shapes were checked before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from repkern.ops import _check
+from repkern.ops._check import DTYPE_CODE
+from repkern.ops._library import Native
+from repkern.ops.direct_conv2d import reference
+from repkern.ops.direct_conv2d.contract import METHODS, is_split, map_format, output_size, packed_shape
+
+__all__ = ["direct_conv2d_packed", "direct_pack_weight"]
+
+
+def direct_conv2d_packed(
+    native: Native,
+    plan: None,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+) -> Tensor:
+    """[N, K, OH, OW] in the memory format of x."""
+    form = map_format(x)
+    x, packed = x.contiguous(memory_format=form), packed.contiguous()
+    split = is_split(packed)
+    if split and not native.module.direct_conv2d_splits_cpu():
+        weight = reference.unpack(packed, out_channels, x.shape[1] // groups, kernel_size, groups)
+        packed, split = reference.direct_pack_weight(weight, groups, METHODS.index("fma")), False
+    bias = bias if bias is None else bias.contiguous()
+    residual = residual if residual is None else residual.contiguous(memory_format=form)
+    size = output_size(x, kernel_size, stride, padding, dilation)
+    out = _check.empty((x.shape[0], out_channels, *size), x.dtype, x.device, form)
+    # The fields of csrc/direct_conv2d/direct_conv2d.h's DirectParams, in its order.
+    fields = [*x.shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups]
+    fields += [int(form is torch.channels_last), activation, int(split), DTYPE_CODE[x.dtype]]
+    fields += [x.data_ptr(), packed.data_ptr(), _check.pointer(bias), _check.pointer(residual), out.data_ptr()]
+    name, threads = "direct_conv2d_packed", torch.get_num_threads()
+    space = _check.workspace(native.workspace_size(name)(fields, threads), x.device)
+    native.function(name)(fields, space.data_ptr(), threads)
+    return out
+
+
+def direct_pack_weight(native: Native, plan: None, weight: Tensor, groups: int, method: int) -> Tensor:
+    """As the reference: once per weight, and without arithmetic but the three roundings."""
+    packed = reference.direct_pack_weight(weight, groups, method)
+    split = METHODS[method] == "split"
+    kept = _check.empty(
+        packed_shape(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]), groups, split),
+        packed.dtype,
+        weight.device,
+    )
+    return kept.copy_(packed)
