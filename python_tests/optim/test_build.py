@@ -156,6 +156,18 @@ def test_ablations_of_table_4():
     assert torch.allclose(moved, scales["stages.0.conv2.identity_scale"] - 1, atol=1e-6)
 
 
+def test_scales_of_a_network_are_for_it_with_squeeze_excite():
+    """Where a module follows the convolution, the layer's name is one longer."""
+    plain, excited = (create_model(f"repopt_vgg_b1{se}", width=0.0625, num_classes=3) for se in ("", "_se"))
+    scales, other = random_scales(plain), random_scales(excited)
+    assert "stages.0.1.dense_scale" in scales
+    assert "stages.0.1.conv.dense_scale" in other
+    for model, found in ((excited, scales), (plain, other)):
+        optimizer = from_scales(model, found, lr=0.1, constants="initial")
+        assert len(optimizer.grad_mults) == 28
+    assert len(HyperSearch(excited, initial=scales).scales()) == 79
+
+
 def test_ghost_modules_have_two_branches():
     """RepOpt-GhostNet (Appendix D): a depthwise kernel and an identity, no 1x1."""
     model = create_model("repghostnet_050", block="conv_bn", num_classes=3)

@@ -60,6 +60,8 @@ def test_released_files(tmp_path):
     search = HyperSearch(model, initial=scales)
     torch.save({"model": search.model.state_dict(), "epoch": 3}, tmp_path / "search.pth")
     assert same_tensors(dict(sorted(load_scales(tmp_path / "search.pth", model).items())), dict(sorted(scales.items())))
+    excited = create_model("repopt_vgg_b1_se", width=0.0625, num_classes=3)
+    assert "stages.2.3.conv.dense_scale" in load_scales(tmp_path / "RepOpt-VGG-B1-scales.pth", excited)
     other = create_model("repopt_vgg_l1", width=0.0625, num_classes=3)
     with pytest.raises(ValueError, match=r"missing: stages\.0\.4\.dense_scale"):
         load_scales(tmp_path / "RepOpt-VGG-B1-scales.pth", other)

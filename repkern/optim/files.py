@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repkern.models.checkpoints import load_checkpoint
 from repkern.models.checkpoints.reading import read_state_dict
-from repkern.models.checkpoints.scales import SCALE_NAMES
+from repkern.models.checkpoints.scales import SCALE_NAMES, named_as_in
 from repkern.models.files import replaced
 from repkern.optim.scales import by_layer, check_scales, unwrapped
 
@@ -42,7 +42,7 @@ def load_scales(path: str | Path, model: nn.Module | None = None, *, strict: boo
     """Read scales [Co] by name: a file of `save_scales`, a released *-scales.pth, or a whole hyper-search checkpoint.
 
     No code in the file is run. Released names become ours. model: the network they are for, compared with them (see
-    `check_scales`) and not changed; None: no comparison.
+    `check_scales`) and not changed; they get the names of its layers. None: no comparison.
     FileNotFoundError; ValueError for a file that holds no scales, and for those of another network, which lists the
     first mismatches.
     """
@@ -54,6 +54,7 @@ def load_scales(path: str | Path, model: nn.Module | None = None, *, strict: boo
         assert isinstance(found, dict)
         scales = found
     by_layer(scales)
-    if inner is not None:
-        check_scales(scales, inner, strict=strict)
-    return scales
+    if inner is None:
+        return scales
+    check_scales(scales, inner, strict=strict)
+    return named_as_in(inner, scales)

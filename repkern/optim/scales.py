@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repkern.models.checkpoints.scales import SCALE_NAMES
+from repkern.models.checkpoints.scales import SCALE_NAMES, named_as_in
 from repkern.nn._follow import norms_after
 from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
@@ -177,7 +177,7 @@ def check_scales(
     value that is not finite; with `strict` also branches without a scale where other layers have one, and layers of the
     kind that has scales (kernel size, depthwise or not) which a search would have chosen and which have none.
     """
-    given = by_layer(scales)
+    given = by_layer(named_as_in(model, scales))
     present = {layer.name: layer for layer in layers_of(model)}
     problems = [f"{name}: the model has no such convolution" for name in given if name not in present]
     for name, own in given.items():
@@ -247,6 +247,7 @@ def derived_scales(
     if constants == "initial":
         if model is None:
             raise ValueError("constants='initial' depend on the layers' depth: a model is needed")
+        scales = named_as_in(model, scales)
         given = by_layer(scales)
         depth = depths([layer for layer in layers_of(model) if layer.name in given])
     changed: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repkern.models.checkpoints.scales import SCALE_NAMES
+from repkern.models.checkpoints.scales import SCALE_NAMES, named_as_in
 from repkern.nn._surgery import replace_modules
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import _why_not
@@ -74,6 +74,7 @@ class HyperSearch:
     @torch.no_grad()
     def _start_from(self, scales: Mapping[str, Tensor]) -> None:
         check_scales(scales, self.model, strict=False)
+        scales = named_as_in(self.model, scales)
         own = dict(self._parameters())
         strangers = sorted(set(own) ^ set(scales))
         if strangers:

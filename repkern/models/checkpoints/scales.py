@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from repkern.models.checkpoints.match import LoadReport, complain
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.csla import CSLABlock
 
-__all__ = ["SCALE_NAMES", "checked_scales"]
+__all__ = ["SCALE_NAMES", "checked_scales", "named_as_in"]
 
 SCALE_NAMES = ("dense_scale", "pointwise_scale", "identity_scale")
 
@@ -29,6 +29,7 @@ def checked_scales(
     report.left_out += [name for name in converted.tensors if name not in scales]
     if model is None:
         return scales
+    scales = named_as_in(model, scales)
     wanted = dict(_wanted(model, scales))
     report.missing = [name for name in wanted if name not in scales]
     report.unexpected = [name for name in scales if name not in wanted]
@@ -40,6 +41,35 @@ def checked_scales(
     report.loaded = [name for name in scales if name in wanted and name not in report.mismatched]
     complain(report.problems, model, len(report.problems), strict=strict)
     return {name: scales[name] for name in report.loaded}
+
+
+def named_as_in(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scales by the names of their layers in `model`.
+
+    A convolution that a squeeze-excite follows is `conv` in an nn.Sequential, and the layer itself without one: scales
+    of either network are for both.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, scale in scales.items():
+        layer, _, part = name.rpartition(".")
+        outer, _, last = layer.rpartition(".")
+        if isinstance(_module(model, layer), nn.Sequential) and _is_layer(_module(model, f"{layer}.conv")):
+            layer = f"{layer}.conv"
+        elif last == "conv" and _is_layer(_module(model, outer)):
+            layer = outer
+        renamed[f"{layer}.{part}" if layer else part] = scale
+    return renamed
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    return isinstance(module, (ConvNormAct, CSLABlock))
 
 
 def _wanted(model: nn.Module, scales: dict[str, Tensor]) -> Iterator[tuple[str, int]]:
