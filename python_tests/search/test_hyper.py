@@ -143,6 +143,23 @@ def test_which_convolutions():
     assert HyperSearch(model).layers == ("5",)
 
 
+def test_other_strides_in_the_search():
+    """Table 6: the search model keeps more resolution, and its scales are for the published network."""
+    target = create_model("repopt_vgg_b1", width=0.0625, num_classes=5)
+    model = create_model("repopt_vgg_b1", width=0.0625, num_classes=5, strides=(2, 2, 1, 2, 1))
+    assert [feature.reduction for feature in model.feature_info] == [2, 4, 4, 8, 8]
+    images = torch.zeros(2, 3, 32, 32)
+    assert [m.shape[-1] for m in (model.forward_features(images), target.forward_features(images))] == [4, 1]
+    search = HyperSearch(model)
+    assert firsts(search) == firsts(HyperSearch(target))
+    assert len(from_scales(target, search.scales(), lr=0.1).grad_mults) == 28
+    again = create_model(**model.config)
+    assert [feature.reduction for feature in again.feature_info] == [2, 4, 4, 8, 8]
+    for wrong in ((2, 2), (2, 2, 2, 2, 0), (2, 2, 2, 2, 1.0)):
+        with pytest.raises(ValueError, match="strides must be five integers from 1"):
+            create_model("repopt_vgg_b1", strides=wrong)
+
+
 def test_continuing_from_scales():
     model = DigitsNet((4,), 1)
     scales = {name: torch.rand_like(s) + 0.5 for name, s in HyperSearch(model).scales().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -60,19 +61,29 @@ class RepVGG(Network):
     at 1, as in the released training.
     dilated_layers: with output_stride below 32, only that many last layers are dilated, the others of the dilated
     stages keep dilation 1; the paper's "fast" segmentation networks have 5 (Sec. 4.3). None: all of them.
+    strides: of the stem and of the first layer of each stage (RepOptimizers, paper 2205.15242, Table 6).
     """
 
-    def __init__(self, variant: Variant, options: Options, *, dilated_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        variant: Variant,
+        options: Options,
+        *,
+        dilated_layers: int | None = None,
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
+    ) -> None:
         super().__init__(options)
         total = 1 + sum(variant.layers)
         if dilated_layers is not None and not 0 <= dilated_layers <= total:
             raise ValueError(f"dilated_layers must be 0 to {total}, got {dilated_layers!r}")
+        if len(strides) != 5 or not all(isinstance(stride, int) and stride >= 1 for stride in strides):
+            raise ValueError(f"strides must be five integers from 1, of the stem and four stages, got {strides!r}")
         self._variant = variant
         self._first_dilated = 0 if dilated_layers is None else total - dilated_layers
         widths = [min(64, 64 * variant.a), 64 * variant.a, 128 * variant.a, 256 * variant.a, 512 * variant.b]
         channels = [scaled(width, options.width) for width in widths]
-        steps = plan_strides((2, 2, 2, 2, 2), options.output_stride)
-        features = [Feature(channels[0], 2, "stem")]
+        steps = plan_strides(strides, options.output_stride)
+        features = [Feature(channels[0], steps[0].reduction, "stem")]
         self.stem = self._layer(0, options.in_chans, channels[0], steps[0])
         self.stages = nn.ModuleList()
         at = 1
