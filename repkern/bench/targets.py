@@ -7,13 +7,17 @@ from dataclasses import dataclass
 __all__ = [
     "INFER_RIVALS",
     "Target",
+    "accuracy_targets",
     "activations_target",
     "blocks_target",
     "conv_target",
     "infer_memory_target",
     "infer_target",
     "ops_target",
+    "optim_memory_target",
+    "optim_target",
     "peak_target",
+    "repopt_target",
     "train_target",
     "verdict",
 ]
@@ -62,6 +66,16 @@ _NEVER_SLOWER = 1.0
 INFER_RIVALS = ("eager", "eager-last", "compile", "compile-last", "onnxruntime", "openvino", "ncnn")
 _INFER = {"repvgg_a0": 1.7, "repvgg_a2": 1.6, "repvgg_b1": 1.6}
 _INFER_MEMORY = 1.5
+_LOGITS_ERROR, _TOP_1 = 1e-5, 100.0
+# Of a step of RepSGD and RepAdamW on RepVGG-B1: torch's fused step may be 1.05 times as fast.
+_OPTIM = {
+    ("cpu", "sgd", "torch fused"): 1 / 1.05,
+    ("cpu", "adamw", "torch fused"): 1 / 1.05,
+    ("cpu", "sgd", "released"): 1.5,
+    ("cuda", "sgd", "released"): 3.0,
+}
+_OPTIM_MEMORY_PERCENT = 0.1
+_REPOPT_STEPS = {("cpu", "repopt_vgg_b1_b8_128", "plain RepVGG"): 1.6}
 _STEP_RATIOS = {"resnet18_b32_224": 1.10, "resnet18_b16_128": 1.6}
 
 
@@ -119,6 +133,28 @@ def infer_target(device: str, model: str) -> Target | None:
 def infer_memory_target() -> Target:
     """The most memory of inference as a multiple of torch eager's."""
     return Target(_INFER_MEMORY, "x eager", at_most=True)
+
+
+def accuracy_targets() -> tuple[Target, Target]:
+    """Of deployed networks in float32: the relative L2 error of logits, and how many images keep their top-1 class."""
+    return Target(_LOGITS_ERROR, "relative error of logits", at_most=True), Target(_TOP_1, "% of top-1 classes")
+
+
+def optim_target(device: str, case: str, what: str, rival: str) -> Target | None:
+    """The least speed-up of an optimizer step over `rival`, or None."""
+    value = _OPTIM.get((device, what, rival)) if case == "repopt_vgg_b1" else None
+    return None if value is None else Target(round(value, 3), f"x {rival}")
+
+
+def optim_memory_target(case: str) -> Target | None:
+    """The most memory of the multipliers, in percent of the parameters."""
+    return Target(_OPTIM_MEMORY_PERCENT, "% of parameters", at_most=True) if case == "repopt_vgg_b1" else None
+
+
+def repopt_target(device: str, case: str, rival: str) -> Target | None:
+    """The least speed-up of a RepOpt-VGG's training step over `rival`, or None."""
+    value = _REPOPT_STEPS.get((device, case, rival))
+    return None if value is None else Target(value, f"x {rival}")
 
 
 def verdict(target: Target | None, measured: float) -> str:

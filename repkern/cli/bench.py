@@ -36,6 +36,7 @@ Pairs = Annotated[int | None, typer.Option(min=1, help="Samples of every impleme
 
 # What holds repkern, oneDNN, torch and MKL to an instruction set; read by each when it is loaded.
 _FORCED_ISA = {
+    "avx512": {"REPKERN_ISA": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx2": {
         "REPKERN_ISA": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -162,7 +163,7 @@ def conv(
     pairs: Pairs = None,
     cold: Annotated[bool, typer.Option(help="Also with many copies of the weights in turn.")] = True,
     ncnn: Annotated[bool, typer.Option(help="Also against ncnn's Winograd, where it is installed.")] = True,
-    isa: Annotated[str, typer.Option(help="avx2: neither side may use more. Default: what is there.")] = "",
+    isa: Annotated[str, typer.Option(help="avx2 or avx512: neither side may use more.")] = "",
 ) -> None:
     """3x3 convolutions of VGG-like networks: Winograd and direct, against torch.conv2d and ncnn."""
     from repkern.bench.conv import ConvOptions, run_conv
@@ -258,6 +259,51 @@ def _again_with(environment: dict[str, str]) -> int:
     return subprocess.run([sys.executable, *sys.orig_argv[1:]], check=False, env=os.environ | environment).returncode
 
 
+@app.command()
+def optim(
+    filter: Filter = "",
+    quick: Quick = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    backend: Annotated[str, typer.Option(help="Our backend; auto chooses by device.")] = "auto",
+    device: Device = "cpu",
+    pairs: Pairs = None,
+) -> None:
+    """A step of RepSGD and RepAdamW on a network's parameters, against torch's fused ones and the released code."""
+    from repkern.bench.optim import OptimOptions, optim_cases, run_optim
+
+    _check_device(device)
+    _check_backend(backend)
+    cases = _chosen(lambda _: optim_cases(), None, filter)
+    options = OptimOptions(backend, device, pairs or (3 if quick else 15), 0.125 if quick else 1.0)
+    if quick:
+        cases = [dataclasses.replace(case, name=f"{case.name}_quick") for case in cases]
+    _run(lambda on_row, say: run_optim(cases, options, on_row, say), output, as_json, device)
+
+
+@app.command()
+def repopt(
+    filter: Filter = "",
+    quick: Quick = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    backend: Annotated[str, typer.Option(help="Our backend; auto chooses by device.")] = "auto",
+    device: Device = "cpu",
+    pairs: Pairs = None,
+    channels_last: Annotated[bool, typer.Option(help="Models and input in channels_last.")] = False,
+) -> None:
+    """A training step of a plain network with RepSGD, against RepVGG in plain torch modules and in our blocks."""
+    from repkern.bench.repopt import RepOptOptions, repopt_cases, run_repopt
+
+    _check_device(device)
+    _check_backend(backend)
+    cases = _chosen(lambda _: repopt_cases(), None, filter)
+    options = RepOptOptions(backend, device, pairs or (3 if quick else 7), channels_last, 0.125 if quick else 1.0)
+    if quick:
+        cases = [dataclasses.replace(case, batch=4, size=64, name=f"{case.name}_quick") for case in cases]
+    _run(lambda on_row, say: run_repopt(cases, options, on_row, say), output, as_json, device)
+
+
 def _check_device(device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"must be cpu or cuda, got {device!r}", param_hint="--device")
@@ -325,12 +371,15 @@ def _run(
 def _line(row: Row) -> str:
     name = f"  {row.case:<18} {row.what:<16} {row.backend:<10}"
     if row.kind == "conv":
-        name = f"  {row.case:<13} {row.what:<32} {'cold' if row.mode == 'cold weights' else 'warm'}"
+        name = f"  {row.case:<13} {row.what:<38} {'cold' if row.mode == 'cold weights' else 'warm'}"
     gap = f"  {row.target}: {row.verdict}" if row.target else ""
+    if row.kind == "optim-memory":
+        return f"{name} {row.extra_mib:8.3f} MiB, {row.ratio:.3f} % of {row.limit_mib:.1f} MiB of {row.baseline}{gap}"
     if row.kind in ("blocks-memory", "infer-memory"):
         return f"{name} {row.extra_mib:8.1f} MiB, {row.ratio:.2f} x {row.baseline} at {row.limit_mib:.1f} MiB{gap}"
     if row.kind == "conv-median":
-        return f"  {row.case:<18} {row.what:<20} {row.mode:<13} {row.ratio:6.2f} x faster than {row.baseline}{gap}"
+        how = "cold" if row.mode == "cold weights" else "warm"
+        return f"  {row.case:<13} {row.what:<38} {how} {row.ratio:6.2f} x faster than {row.baseline}{gap}"
     if row.kind == "memory":
         return f"{name} {row.extra_mib:8.1f} MiB over plain, limit {row.limit_mib:.1f} MiB{gap}"
     time = f"{name} {row.ms:9.3f} ms"
