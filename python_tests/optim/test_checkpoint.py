@@ -113,6 +113,36 @@ def test_state_of_torch_optimizers(kind, theirs, same):
         same(mine, wanted, 1e-5)
 
 
+def test_state_of_old_versions():
+    """Steps were plain numbers once, and on the CPU whatever the parameter's device."""
+    net = network(torch.float32)
+    plain, optimizer = torch.optim.AdamW(groups(net), 0.1), RepAdamW(groups(net), 0.1)
+    train(net, plain, 0)
+    state = plain.state_dict()
+    for own in state["state"].values():
+        own["step"] = 3
+    optimizer.load_state_dict(state)
+    loaded = optimizer.state[net[0].weight]["step"]
+    assert (loaded.item(), loaded.dtype, loaded.shape) == (3, torch.float32, ())
+
+
+@both
+def test_hooks_see_and_change_what_is_loaded(kind):
+    net = network()
+    optimizer, other = made(kind, net), made(kind, network())
+    train(net, optimizer, 0, 1)
+
+    def without_multipliers(_, state):
+        assert set(state) == {"state", "param_groups", "grad_mults"}
+        return {**state, "grad_mults": {}, "state": {}}
+
+    other.register_load_state_dict_pre_hook(without_multipliers)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.grad_mults == {}
+    assert not other.state
+    assert len(other._optimizer_load_state_dict_pre_hooks) == 1
+
+
 @both
 def test_another_network_is_refused_and_nothing_changed(kind):
     net = network()

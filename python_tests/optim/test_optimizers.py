@@ -81,6 +81,23 @@ def test_without_multipliers_they_are_the_optimizers_of_torch(ours, theirs, opti
     assert not torch.allclose(nets[0][0].weight, network()[0].weight)
 
 
+@both
+@pytest.mark.parametrize("lr", [float, lambda lr: torch.tensor(lr, dtype=torch.float64)], ids=["number", "tensor"])
+def test_schedules_of_other_settings(kind, lr, same):
+    """OneCycleLR moves momentum or betas too."""
+    theirs = torch.optim.SGD if kind is RepSGD else torch.optim.AdamW
+    options = {"momentum": 0.9} if kind is RepSGD else {}
+    nets = network(), network()
+    for net, own in zip(nets, (kind, theirs), strict=True):
+        optimizer = own(net.parameters(), lr(0.1), **options, **({} if own is kind else {"foreach": False}))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=5)
+        for seed in range(4):
+            train(net, optimizer, 1, seed)
+            schedule.step()
+    for mine, wanted in zip(*(net.parameters() for net in nets), strict=True):
+        same(mine, wanted, 1e-12)
+
+
 @every_rule
 def test_a_multiplier_scales_the_gradient_or_the_update(ours, theirs, options, same):
     """With a multiplier of one number everywhere, by the ordinary optimizer with another gradient or learning rate."""
@@ -330,6 +347,8 @@ def test_parameters_that_cannot_be(kind):
         kind([net[0].weight, net[0].weight])
     with pytest.raises(ValueError, match="empty parameter list"):
         kind([])
+    with pytest.raises(TypeError, match="ordered"):
+        kind([{"params": {net[0].weight}}])
     with pytest.raises(TypeError, match="iterable of Tensors or dicts"):
         kind(net[0].weight)
 

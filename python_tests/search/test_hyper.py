@@ -143,6 +143,15 @@ def test_which_convolutions():
     assert HyperSearch(model).layers == ("5",)
 
 
+def test_all_convolutions_of_a_network():
+    """1x1 kernels have no 1x1 beside them, which is no mismatch; norms of any kind, or none, may follow."""
+    model = sequential()
+    search = HyperSearch(model, where=lambda name, module: True)
+    optimizer = from_scales(model, search.scales(), lr=0.1)
+    assert len(optimizer.grad_mults) == 5
+    assert optimizer.grad_mults[model[3].weight].pointwise_scale is None
+
+
 def test_other_strides_in_the_search():
     """Table 6: the search model keeps more resolution, and its scales are for the published network."""
     target = create_model("repopt_vgg_b1", width=0.0625, num_classes=5)

@@ -75,12 +75,9 @@ class RepOptimizer(torch.optim.Optimizer):
         """As torch's; the group may have `grad_mults` of its own. ValueError for a parameter that is there twice."""
         group = dict(param_group)
         own = group.pop(_KEY, None) or {}
-        if not isinstance(group["params"], Tensor):
+        if not isinstance(group["params"], Tensor | set):  # torch has its own words for a set
             group["params"] = list(group["params"])
-            plain = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
-            twice = [at for at, item in enumerate(plain) if any(item is other for other in plain[:at])]
-            if twice:
-                raise ValueError(f"params[{twice[0]}] of the group is in it twice")
+            _refuse_twice(group["params"])
         self._check_group({**self.defaults, **group})
         super().add_param_group(group)
         try:
@@ -196,20 +193,30 @@ class RepOptimizer(torch.optim.Optimizer):
         ValueError, naming the first that do not match, when a parameter has another shape than it had; nothing is
         changed then.
         """
-        by_number = {number: (name, parameter) for number, name, parameter, _ in self._parameters()}
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        matching = dict(zip(saved, by_number.values(), strict=False))
-        mults = {number: _unpacked(values) for number, values in state_dict.get(_KEY, {}).items()}
-        _check_shapes(state_dict["state"], mults, matching)
-        super().load_state_dict(state_dict)
-        for number, values in state_dict["state"].items():
-            if number in matching:
+        found: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            named = [(name, parameter) for _, name, parameter, _ in self._parameters()]
+            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            matching = dict(zip(numbers, named, strict=False))
+            mults = {number: _unpacked(values) for number, values in state.get(_KEY, {}).items()}
+            _check_shapes(state["state"], mults, matching)
+            found.update(state=state["state"], parameters={n: p for n, (_, p) in matching.items()})
+            found[_KEY] = mults if _KEY in state else None
+
+        handle = self.register_load_state_dict_pre_hook(check)  # the last of them: it sees what is loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        parameters: dict[int, Tensor] = found["parameters"]
+        for number, values in found["state"].items():
+            if number in parameters:
                 # torch gives floating state the parameter's dtype, which for half precision is less than it had.
-                parameter = matching[number][1]
-                own = {name: _restored(value, name, parameter) for name, value in values.items()}
-                self.state[parameter] = own
-        if _KEY in state_dict:
-            self._grad_mults = {matching[number][1]: mult for number, mult in mults.items()}
+                parameter = parameters[number]
+                self.state[parameter] = {name: _restored(value, name, parameter) for name, value in values.items()}
+        if found[_KEY] is not None:
+            self._grad_mults = {parameters[number]: mult for number, mult in found[_KEY].items()}
             self._ready = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,6 +231,15 @@ class RepOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__().removesuffix(')')}    grad_mults: {len(self._grad_mults)}\n)"
+
+
+def _refuse_twice(params: Sequence[Any]) -> None:
+    seen: set[int] = set()
+    for at, item in enumerate(params):
+        parameter = item[1] if isinstance(item, tuple) else item
+        if id(parameter) in seen:
+            raise ValueError(f"params[{at}] of the group is in it twice")
+        seen.add(id(parameter))
 
 
 def _describe(key: Any) -> str:
@@ -270,11 +286,13 @@ def _unpacked(values: Mapping[str, Any]) -> Mult:
 
 
 def _restored(value: Any, name: str, parameter: Tensor) -> Any:
+    if name == "step":  # a number in files of old versions of torch
+        value = torch.as_tensor(value)
     if not isinstance(value, Tensor):
         return value
     dtype = torch.float32 if name == "step" else _wide(parameter.dtype)
     # A copy, as torch makes one: the state must not be that of whoever gave it.
-    return value.detach().to(parameter.device, dtype, copy=True) if value.is_floating_point() else value.clone()
+    return value.detach().to(parameter.device, dtype, copy=True)
 
 
 def _check_shapes(

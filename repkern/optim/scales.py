@@ -198,15 +198,17 @@ def _missing(given: Mapping[str, LayerScales], present: Mapping[str, Layer], mod
     """What a search of this model would have found, going by the scales that there are."""
     kinds = {_kind(present[name]) for name in given if name in present}
     parts = [part for part in SCALE_NAMES if any(getattr(own, part) is not None for own in given.values())]
-    default = is_default_choice(model)
+    bare = [name for name, layer in present.items() if name not in given and _kind(layer) in kinds]
+    default = is_default_choice(model) if bare else {}
     for name, layer in present.items():
         own = given.get(name)
         if own is None:
-            if default[name] and _kind(layer) in kinds:
+            if default.get(name):
                 yield f"{name}: no scales, but other layers of its kind have them"
             continue
+        possible = {"identity_scale": layer.keeps_positions, "pointwise_scale": layer.weight.shape[-1] > 1}
         for part in parts:
-            if getattr(own, part) is None and (part != "identity_scale" or layer.keeps_positions):
+            if getattr(own, part) is None and possible.get(part, True):
                 yield f"{name}.{part}: missing, but other layers have one"
 
 
