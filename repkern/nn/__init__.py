@@ -25,6 +25,7 @@ from repkern.nn.repvgg import RepVGGBlock
 from repkern.nn.squeeze_excite import SqueezeExcite
 from repkern.nn.trivial import TrivialRepConv2d
 from repkern.nn.verify import ReparameterizeReport
+from repkern.nn.winograd import WinogradConv2d
 
 __all__ = [
     "BLOCKS",
@@ -50,6 +51,7 @@ __all__ = [
     "ReplaceReport",
     "SqueezeExcite",
     "TrivialRepConv2d",
+    "WinogradConv2d",
     "custom_l2",
     "custom_l2_parameters",
     "fold",
