@@ -134,6 +134,7 @@ class RepOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             settings = {name: group[name] for name in self._shared}
             lr, weight_decay, key = float(group["lr"]), float(group["weight_decay"]), tuple(settings.values())
+            here: dict[torch.device, Launch] = {}
             for parameter in group["params"]:
                 grad = parameter.grad
                 if grad is None:
@@ -143,7 +144,10 @@ class RepOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__} does not support sparse gradients, got {grad.layout} for a parameter "
                         f"{tuple(parameter.shape)}"
                     )
-                launch = found.setdefault((parameter.device, key), Launch(settings))
+                launch = here.get(parameter.device)
+                if launch is None:
+                    launch = found.get((parameter.device, key)) or Launch(settings)
+                    here[parameter.device] = found[parameter.device, key] = launch
                 launch.params.append(parameter)
                 launch.grads.append(grad)
                 launch.multipliers.append(self._multiplier(parameter, group))
