@@ -122,7 +122,7 @@ class Direct {
       for (int64_t c = 0; c < depth; c += Product<T>::kChain) {
         const int64_t some = least(Product<T>::kChain, depth - c);
         Product<T>::run_chain(wide, count, {some, p_.sw * pitch_, s_.taps * s_.cg * kLanes, run + c > 0}, v + c,
-                              u + (run * depth + c) * kLanes, sums);
+                              u + (run * depth + c) * kLanes, sums, [] {});
       }
     }
   }
