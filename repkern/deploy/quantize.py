@@ -24,6 +24,7 @@ __all__ = [
     "QATModule",
     "Quantized",
     "evaluate",
+    "finish_ptq",
     "finish_qat",
     "images_of",
     "load_quantized",
@@ -114,12 +115,19 @@ def quantize(
     batches that are something else; ImportError without torchao.
     """
     scheme = Scheme(weights, weight_bits)
-    prepared, seen = observe(model, calibration, scheme, progress)
-    return _converted(prepared, {"method": "ptq", **vars(scheme), "calibration_images": seen})
+    return finish_ptq(*observe(model, calibration, scheme, progress), scheme)
+
+
+def finish_ptq(observed: torch.fx.GraphModule, seen: int, scheme: Scheme) -> Quantized:
+    """The INT8 network of a graph that `observe` made, which is used up."""
+    return _converted(observed, {"method": "ptq", **vars(scheme), "calibration_images": seen})
 
 
 def observe(
-    model: nn.Module, calibration: Iterable[Any], scheme: Scheme, progress: Callable[[int], None]
+    model: nn.Module,
+    calibration: Iterable[Any],
+    scheme: Scheme,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[torch.fx.GraphModule, int]:
     """The plain form of `model` as a graph with calibrated observers, and how many images these have seen."""
     flow = torchao_module("quantize_pt2e")

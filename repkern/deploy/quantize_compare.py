@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repkern.deploy.quantize import evaluate, quantize
-from repkern.deploy.quantize_report import SensitivityReport, sensitivity, sqnr
+from repkern.deploy.quantize import evaluate, finish_ptq, observe
+from repkern.deploy.quantize_report import SensitivityReport, sensitivity_of, sqnr
+from repkern.deploy.quantize_torchao import Scheme
 
 __all__ = ["Loss", "compare_quantized"]
 
@@ -56,7 +57,11 @@ def compare_quantized(
             wanted = model(images.to(device)).cpu()
         before = float((wanted.argmax(1) == labels).double().mean())
         for scheme, options in schemes.items():
-            network = quantize(model, calibration, **options)
+            chosen = Scheme(**options)
+            graph, seen = observe(model, calibration, chosen)
+            if options is first:
+                reports[name] = sensitivity_of(graph, calibration[-1], chosen)
+            network = finish_ptq(graph, seen, chosen)
             found = network(images)
             losses[scheme][name] = Loss(
                 float_accuracy=before,
@@ -64,5 +69,4 @@ def compare_quantized(
                 sqnr=sqnr(wanted, found),
                 disagree=float((found.argmax(1) != wanted.argmax(1)).double().mean()),
             )
-        reports[name] = sensitivity(model, calibration, **first)
     return losses, reports

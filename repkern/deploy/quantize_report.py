@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from repkern.deploy.quantize import images_of, observe
 from repkern.deploy.quantize_torchao import Scheme, torchao_module
 
-__all__ = ["KernelSpread", "LayerSensitivity", "SensitivityReport", "kernel_spread", "sensitivity", "sqnr"]
+__all__ = [
+    "KernelSpread",
+    "LayerSensitivity",
+    "SensitivityReport",
+    "kernel_spread",
+    "sensitivity",
+    "sensitivity_of",
+    "sqnr",
+]
 
 _LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 _MOST_DB = 200.0  # what an exact output counts as
@@ -102,8 +110,15 @@ def sensitivity(
     """
     scheme = Scheme(weights, weight_bits)
     batches = list(calibration)
-    graph, _ = observe(model, batches, scheme, lambda seen: None)
+    graph, _ = observe(model, batches, scheme)
     (images,) = images_of(batches[-1:])
+    return sensitivity_of(graph, images, scheme, progress)
+
+
+def sensitivity_of(
+    graph: torch.fx.GraphModule, images: Tensor, scheme: Scheme, progress: Callable[[str], None] = lambda layer: None
+) -> SensitivityReport:
+    """The report on a graph that `observe` made; the graph stays as it is."""
     nodes = [node for node in graph.graph.nodes if node.op == "call_function" and node.target in _LAYERS]
     truth = _Rounding(graph, (), everywhere=False).outputs(images)
     rounded = _Rounding(graph, (), everywhere=True).outputs(images)
