@@ -19,7 +19,7 @@ SGD = [
     {"momentum": 0.9, "dampening": 0.5, "maximize": True},
     {"momentum": 0.9, "nesterov": True},
 ]
-ADAMW = [{}, {"amsgrad": True, "weight_decay": 0.3}, {"maximize": True, "betas": (0.5, 0.9), "eps": 1e-3}]
+ADAMW = [{}, {"amsgrad": True, "weight_decay": 0.3}, {"maximize": True, "betas": [0.5, 0.9], "eps": 1e-3}]
 PAIRS = [(RepSGD, torch.optim.SGD, o) for o in SGD] + [(RepAdamW, torch.optim.AdamW, o) for o in ADAMW]
 every_rule = pytest.mark.parametrize(
     ("ours", "theirs", "options"), PAIRS, ids=[f"{a.__name__}-{o}" for a, _, o in PAIRS]

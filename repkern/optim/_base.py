@@ -132,7 +132,7 @@ class RepOptimizer(torch.optim.Optimizer):
         """Every parameter with a gradient, together with those of the same device and shared settings."""
         found: dict[Any, Launch] = {}
         for group in self.param_groups:
-            settings = {name: group[name] for name in self._shared}
+            settings = {name: tuple(v) if isinstance(v := group[name], list) else v for name in self._shared}
             lr, weight_decay, key = float(group["lr"]), float(group["weight_decay"]), tuple(settings.values())
             here: dict[torch.device, Launch] = {}
             for parameter in group["params"]:

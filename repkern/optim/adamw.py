@@ -77,5 +77,5 @@ class RepAdamW(RepOptimizer):
             multiply_update=True,
             grad_scale=launch.grad_scale,
             found_inf=launch.found_inf,
-            **{**launch.settings, "betas": tuple(launch.settings["betas"])},
+            **launch.settings,
         )
