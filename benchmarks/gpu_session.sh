@@ -57,6 +57,14 @@ step "ops in CUDA graphs"
 bench 90 ops --baseline eager --backend cuda --cuda-graph --pairs 9
 step "training step"
 bench 60 train --grouped --pairs 5
+step "3x3 convolutions, against cuDNN in both memory formats"
+for precision in fp32 tf32 fp16; do
+  bench 40 conv --precision $precision --pairs 7
+done
+step "deployed networks, against cuDNN in both memory formats"
+for precision in fp32 tf32 fp16; do
+  bench 40 infer repvgg_a0 repvgg_b1 --precision $precision --rivals eager --rivals eager-last --pairs 7
+done
 step "ops under torch.compile"
 bench 120 ops --baseline compile --backend cuda --filter c --pairs 5
 

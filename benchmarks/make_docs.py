@@ -10,6 +10,7 @@ from pathlib import Path
 
 from repkern.bench.equivalence import BOUNDS
 from repkern.bench.results import read_rows
+from repkern.bench.targets import accuracy_targets
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
@@ -32,6 +33,25 @@ A training step (forward, loss, backward, SGD with momentum) of a network of our
 a torch module per convolution and norm; "recompute" is `recompute="cheap"`. Gradients were compared in float64 and
 float32 first; a DBB then pads as the published one does, and is timed as it is by default. "kept for the backward" is
 what the forward leaves allocated, "peak" the most of a step, parameters and momenta included.
+"""
+CONV_HEAD = """### 3x3 convolutions
+
+Stride 1, padding 1, one layer by itself; the fastest of our methods, against the faster memory format of torch.conv2d
+(oneDNN) and against ncnn's Winograd convolution with packed maps. "warm" calls the same weights again and again, which
+the targets are about; "cold" has many copies of them in turn, so that they come from beyond the level-2 cache as in a
+network. "dispatched" is what a network's layer would use, torch's own included ("layer": called as there). Methods were
+chosen in samples of their own before.
+"""
+INFER_HEAD = """### Inference of deployed networks
+
+Logits of a whole network with the same weights, float32, everybody with the same threads and in a process of its own,
+sampled in turn; ratio of each to `repkern.optimize_for_inference`. "last" has maps in channels_last; torch.compile
+freezes weights and searches longest. Memory is the resident peak of inference over the imports, of ours and of torch.
+"""
+ACCURACY_HEAD = """### Accuracy of deployed networks
+
+Random images through networks with calibrated random weights, against the same weights in float64: the worst relative
+L2 error of an image's logits, and how many images keep their top-1 class (`python benchmarks/accuracy.py`).
 """
 EQUIVALENCE_HEAD = """### Training form and deployed form
 
@@ -171,11 +191,80 @@ def mebibytes(row: Row | None) -> str:
     return f"{float(row['extra_mib']):.1f} of {float(row['limit_mib']):.1f} MiB ({float(row['ratio']):.2f})"
 
 
+def conv_section(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["kind"] == "conv" and ": " in row["what"]]
+    found = newest(rows, lambda r: (r["case"], r["dtype"], *role(r)))
+    if not found:
+        return ""
+    lines = []
+    for case, dtype in dict.fromkeys(key[:2] for key in found):
+        of = {key[2:]: row for key, row in found.items() if key[:2] == (case, dtype)}
+        warm = of.get(("best", "eager", "torch"))
+        if warm is None:
+            continue
+        rest = [("best", "eager", "ncnn"), ("dispatched", "eager", "torch")]
+        rest += [("best", "cold weights", "torch"), ("best", "cold weights", "ncnn")]
+        rest.append(("dispatched", "cold weights", "torch"))
+        times = [milliseconds(warm["ms"]), milliseconds(warm["baseline_ms"]), ratio(warm)]
+        lines.append(
+            [case, dtype, warm["what"].partition(": ")[2], *times, *(short_ratio(of.get(key)) for key in rest)]
+        )
+    head = ["layer", "dtype", "method", "time", "torch", "x torch", "x ncnn", "dispatched x torch"]
+    return f"{CONV_HEAD}\n{table([*head, 'cold: x torch', 'x ncnn', 'dispatched'], lines)}"
+
+
+def role(row: Row) -> tuple[str, ...]:
+    """What a row of a convolution is: best or dispatched, warm or cold, against torch (in any format) or ncnn."""
+    return row["what"].partition(": ")[0], row["mode"], row["baseline"].split()[0]
+
+
+def infer_section(rows: list[Row]) -> str:
+    found = newest(
+        [r for r in rows if r["kind"] == "infer" and r["what"] == "forward"],
+        lambda r: (r["case"], r["device"], r["dtype"], r["baseline"]),
+    )
+    if not found:
+        return ""
+    memory = newest(
+        [r for r in rows if r["kind"] == "infer-memory" and r["what"] == "peak"], lambda r: (r["case"], r["device"])
+    )
+    rivals = list(dict.fromkeys(key[3] for key in found))
+    lines = []
+    for key in dict.fromkeys(key[:3] for key in found):
+        of = [found.get((*key, rival)) for rival in rivals]
+        ours = max((row for row in of if row), key=lambda row: row["date"])
+        times = [f"{milliseconds(row['baseline_ms'])}, {short_ratio(row)}" if row else "" for row in of]
+        lines.append([key[0], key[2], milliseconds(ours["ms"]), *times, mebibytes(memory.get(key[:2]))])
+    return f"{INFER_HEAD}\n{table(['case', 'dtype', 'repkern', *rivals, 'memory'], lines)}"
+
+
+def accuracy_section(rows: list[Row]) -> str:
+    found = newest([r for r in rows if r["kind"] == "accuracy"], lambda r: (r["case"], r["backend"], r["what"]))
+    lines = []
+    for case, backend in dict.fromkeys(key[:2] for key in found):
+        logits, top = (found.get((case, backend, what)) for what in ("logits", "top-1"))
+        if logits is None or top is None:
+            continue
+        error = float(logits["error_over_bound"]) * accuracy_targets()[0].value
+        lines.append([case, backend, logits["pairs"], f"{error:.1e}", f"{float(top['ratio']):.4g} %"])
+    head = ["network", "implementation", "images", "worst relative error", "top-1 agreement"]
+    return f"{ACCURACY_HEAD}\n{table(head, lines)}" if lines else ""
+
+
+def short_ratio(row: Row | None) -> str:
+    return f"{float(row['ratio']):.2f}" if row else ""
+
+
 def targets_section(rows: list[Row]) -> str:
     rows = [row for row in rows if row["target"]]
+    # Which rival is the best one may change from run to run.
     found = newest(
-        rows, lambda r: (r["kind"], r["case"], r["what"], r["backend"], r["mode"], r["baseline"], target_kind(r))
-    )
+        rows,
+        lambda r: (
+            r["kind"], r["case"], r["what"], r["backend"], r["mode"],
+            "" if r["kind"].startswith("infer") else r["baseline"], target_kind(r),
+        ),
+    )  # fmt: skip
     if not found:
         return ""
     lines = [[r["case"], r["what"], network(r), r["target"], measured(r), r["verdict"]] for r in found.values()]
@@ -195,6 +284,8 @@ def target_kind(row: Row) -> str:
 def measured(row: Row) -> str:
     if row["kind"] == "memory":
         return f"{float(row['extra_mib']):.1f} MiB"
+    if row["kind"] == "accuracy" and row["error_over_bound"]:
+        return f"{float(row['error_over_bound']) * accuracy_targets()[0].value:.1e}"
     if row["ratio"]:
         return f"{float(row['ratio']):.2f}"
     return f"{float(row['peak_percent']):.1f} %" if row["device"] == "cpu" else f"{1e3 * float(row['ms']):.1f} us"
@@ -209,7 +300,10 @@ def performance(rows: list[Row]) -> str:
         last = here[-1]
         text += f"\n## {where}\n\ntorch {torch}, triton {triton or 'absent'}, Python {python}, repkern {repkern}; "
         text += f"last row {last['date'][:10]}, commit {last['commit'] or 'unknown'}.\n\n"
-        sections = (targets_section, ops_section, train_section, blocks_section, equivalence_section)
+        sections = (
+            targets_section, conv_section, infer_section, accuracy_section, ops_section, train_section, blocks_section,
+            equivalence_section,
+        )  # fmt: skip
         text += "\n".join(filter(None, (section(here) for section in sections)))
     if not any(row["device"] == "cuda" for row in rows):
         text += "\n## GPU\n\nNo figures yet: not yet run on a GPU.\n"

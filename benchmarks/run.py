@@ -17,6 +17,10 @@ def commands(device: str, quick: bool) -> list[list[str]]:
     answer = [["ops", *common], ["train", *common], ["blocks", *common], ["blocks", *common, "--channels-last"]]
     if device == "cuda":
         answer.insert(1, ["ops", *common, "--cuda-graph", "--baseline", "eager"])
+        for how in ("fp32", "tf32", "fp16"):
+            answer += [["conv", *common, "--precision", how], ["infer", *common, "--precision", how]]
+    else:
+        answer += [["conv", *common], ["conv", *common, "--isa", "avx2"], ["infer", *common]]
     return answer
 
 

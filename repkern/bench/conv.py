@@ -14,7 +14,16 @@ from torch import Tensor
 
 from repkern import _native
 from repkern.bench import targets
-from repkern.bench.conv_methods import DTYPES, FORMATS, Method, allowed_error, our_methods, precision, torch_methods
+from repkern.bench.conv_methods import (
+    DTYPES,
+    FORMATS,
+    Method,
+    allowed_error,
+    layer_methods,
+    op_methods,
+    precision,
+    torch_methods,
+)
 from repkern.bench.registry import ConvCase, conv_cases
 from repkern.bench.remote import Remote
 from repkern.bench.results import Row
@@ -53,10 +62,11 @@ def run_conv(
 ) -> list[str]:
     """Hand every row to `on_row` as soon as it is measured. Returns [] (a wrong result of ours is a RuntimeError).
 
-    Per case: one row for each of our methods and formats, from a first set of samples. The fastest of ours and torch in
-    both formats are measured again, with ncnn: rows "best: <method>" against the faster format of torch and against
-    ncnn, and "dispatched: <method>", the fastest of ours or torch in the first set, against torch. At the end medians
-    over the cases, with verdicts when all layers of `CONV_CASES` were measured. Nothing wrong is timed.
+    Per case: one row for each of our methods and formats, from a first set of samples: the public ops, and as a layer
+    of an optimized network calls them. The fastest of ours and torch in both formats are measured again, with ncnn:
+    rows "best: <method>" against the faster format of torch and against ncnn, and "dispatched: <method>", the fastest
+    of all in the first set, torch's own included, against torch. At the end medians over the cases, with verdicts when
+    all layers of `CONV_CASES` were measured. Nothing wrong is timed.
     """
     settle_allocator()
     rows: list[Row] = []
@@ -109,14 +119,18 @@ class _Layer:
         )  # fmt: skip
         weight_bytes = self.weight.numel() * self.weight.element_size()
         self.copies = {WARM: 1, COLD: min(_MOST_COPIES, max(2, math.ceil(_COLD_BYTES / weight_bytes)))}
-        self.ours = our_methods(case.k, options.how, options.device, options.tiles)
+        self.methods = [
+            *op_methods(case.k, options.how, options.device, options.tiles),
+            *layer_methods(self.maps["channels_last"], case.k, options.how, options.tiles),
+            *torch_methods(),
+        ]
 
     def check(self) -> None:
         """RuntimeError for a result of ours or torch that is further from float64 than it may be."""
-        for method in (*self.ours, *torch_methods()):
+        for method in self.methods:
             packed = method.pack(self.weight)
             for form in method.formats:
-                error = self._error(method.run(self.maps[form], packed))
+                error = self._error(method.bind(self.maps[form], packed)())
                 allowed = allowed_error(self.options.how, method.tile)
                 if not error <= allowed:
                     raise RuntimeError(
@@ -126,13 +140,17 @@ class _Layer:
 
     def measure(self, mode: str, on_row: Callable[[Row], None]) -> None:
         """First all methods, then the best of ours, torch in both formats and ncnn again."""
-        ours = self._calls(self.ours, mode)
-        torchs = self._calls(torch_methods(), mode)
-        first = self._time(ours | torchs, self.options.choosing_pairs)
-        baseline, best, dispatched = (_fastest(first, names) for names in (torchs, ours, first))
-        for name in ours:
+        calls = {
+            whose: self._calls([method for method in self.methods if method.whose == whose], mode)
+            for whose in ("ours", "onednn", "torch")
+        }
+        ours, torchs = calls["ours"], calls["torch"]
+        everything = {**ours, **calls["onednn"], **torchs}
+        first = self._time(everything, self.options.choosing_pairs)
+        baseline, best, dispatched = (_fastest(first, names) for names in (torchs, ours, everything))
+        for name in (*ours, *calls["onednn"]):
             on_row(self._row(name, mode, baseline, first[name], first[baseline]))
-        finalists = {best: ours[best], **torchs}
+        finalists = {best: ours[best], **torchs, dispatched: everything[dispatched]}
         if self.remote is not None and self._prepare_ncnn(self.remote, mode):
             finalists["ncnn"] = self.remote.workload()
         final = self._time(finalists, self.options.pairs)
@@ -145,10 +163,10 @@ class _Layer:
     def _calls(self, methods: Sequence[Method], mode: str) -> dict[str, Workload]:
         calls = {}
         for method in methods:
-            packed = method.pack(self.weight)
-            copies = [packed, *(packed.clone() for _ in range(self.copies[mode] - 1))]
+            copies = [method.pack(self.weight.clone()) for _ in range(self.copies[mode])]
             for form in method.formats:
-                calls[f"{method.name} {form}"] = _workload(method, self.maps[form], copies)
+                bound = [method.bind(self.maps[form], packed) for packed in copies]
+                calls[f"{method.name} {form}"] = _workload(bound)
         return calls
 
     def _prepare_ncnn(self, remote: Remote, mode: str) -> bool:
@@ -179,9 +197,9 @@ class _Layer:
         )  # fmt: skip
 
 
-def _workload(method: Method, x: Tensor, copies: Sequence[Tensor]) -> Workload:
-    turn = itertools.cycle(copies)
-    return Workload(lambda packed: method.run(x, packed), prepare=lambda: next(turn))
+def _workload(calls: Sequence[Callable[[], Tensor]]) -> Workload:
+    turn = itertools.cycle(calls)
+    return Workload(lambda call: call(), prepare=lambda: next(turn))
 
 
 def _fastest(samples: Mapping[str, list[float]], names: Iterable[str]) -> str:
@@ -201,7 +219,8 @@ def _medians(rows: Sequence[Row], cases: Sequence[ConvCase], options: ConvOption
     complete = set(conv_cases()) <= set(cases)
     how = options.how
     if options.device == "cpu" and how == "fp32":
-        how = str(_native.native_build_info().get("isa_used"))
+        isa = str(_native.native_build_info().get("isa_used"))
+        how = "avx512" if isa == "amx" else isa
     for mode in (WARM, COLD):
         for what, rival in (("best", "torch"), ("best", "ncnn"), ("dispatched", "torch")):
             found = [

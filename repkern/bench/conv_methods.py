@@ -11,10 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repkern import ops
+from repkern import _native, ops
 from repkern.bench.rivals_ncnn import NcnnNet, convolution_net
+from repkern.deploy._methods import FORMS, METHODS, ConvSpec, Maps
+from repkern.deploy._methods import Method as LayerMethod
 
-__all__ = ["DTYPES", "FORMATS", "Method", "NcnnConv", "allowed_error", "our_methods", "precision", "torch_methods"]
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "Method",
+    "NcnnConv",
+    "allowed_error",
+    "layer_methods",
+    "op_methods",
+    "precision",
+    "torch_methods",
+]
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Precision of a run -> dtype of the maps; "fp32" allows no TF32.
@@ -28,14 +40,21 @@ _ALLOWED = {
 }
 
 
+Call = Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class Method:
-    """run(x, pack(weight)) -> the convolution with padding 1; tile 1 for direct ones, `formats` those of x it takes."""
+    """bind(x, pack(weight))() -> the convolution with padding 1. formats: those of x. tile: 1 for direct ones.
+
+    whose: "ours", "torch" (the baseline) or "onednn" (torch's fused operators, which a network may choose as well).
+    """
 
     name: str
+    whose: str
     tile: int
     pack: Callable[[Tensor], Tensor]
-    run: Callable[[Tensor, Tensor], Tensor]
+    bind: Callable[[Tensor, Tensor], Call]
     formats: Sequence[str] = tuple(FORMATS)
 
 
@@ -44,30 +63,60 @@ def allowed_error(how: str, tile: int) -> float:
     return _ALLOWED[how][tile]
 
 
-def our_methods(out_channels: int, how: str, device: str, tiles: Sequence[int]) -> list[Method]:
-    """Winograd with either form of packed weights for each tile, and direct convolution on a CPU in float32."""
+def op_methods(out_channels: int, how: str, device: str, tiles: Sequence[int]) -> list[Method]:
+    """The public ops: Winograd with each form of packed weights; in float32 on a CPU direct convolution too.
+
+    Split weights only where there is the unit they are for.
+    """
     methods = []
     for tile in tiles:
-        winograd = functools.partial(_winograd, out_channels=out_channels, tile=tile)
-        transform = functools.partial(ops.winograd_transform_weight, tile=tile)
-        methods.append(Method(f"F{tile}", tile, transform, winograd))
-        if hasattr(ops, "winograd_pack_weight"):
-            methods.append(Method(f"F{tile} blocks", tile, ops.winograd_pack_weight, winograd))
-    if device == "cpu" and how == "fp32" and hasattr(ops, "direct_pack_weight"):
-        for name in ("fma", "split"):
+        run = functools.partial(ops.winograd_conv2d_packed, out_channels=out_channels, tile=tile)
+        packs: dict[str, Callable[[Tensor], Tensor]] = {
+            f"F{tile}": functools.partial(ops.winograd_transform_weight, tile=tile),
+            f"F{tile} blocks": ops.winograd_pack_weight,
+        }
+        methods += [Method(name, "ours", tile, pack, _binder(run)) for name, pack in packs.items()]
+    if device == "cpu" and how == "fp32":
+        run = functools.partial(ops.direct_conv2d_packed, out_channels=out_channels, kernel_size=3, padding=1)
+        on_tiles = _native.native_build_info().get("isa_used") == "amx"
+        for name in ("fma", "split") if on_tiles else ("fma",):
             pack = functools.partial(ops.direct_pack_weight, method=name)
-            methods.append(Method(f"direct {name}", 1, pack, functools.partial(_direct, out_channels=out_channels)))
+            methods.append(Method(f"direct {name}", "ours", 1, pack, _binder(run)))
+    return methods
+
+
+def layer_methods(x: Tensor, out_channels: int, how: str, tiles: Sequence[int]) -> list[Method]:
+    """What a layer of `optimize_for_inference` can use for maps like x, called as it calls them; channels_last."""
+    spec = ConvSpec(x.shape[1], out_channels, (3, 3), padding=(1, 1), precision=how)
+    maps = Maps(x.dtype, x.device, channels_last=True)
+    methods = []
+    for name, method in METHODS.items():
+        if name == "torch" or method.why_not(spec, maps) is not None or (method.tile and method.tile not in tiles):
+            continue
+        whose = "onednn" if name.startswith("onednn") else "ours"
+        pack, bind = _layer(method, spec)
+        methods.append(Method(f"layer {name}", whose, method.tile or 1, pack, bind, ("channels_last",)))
     return methods
 
 
 def torch_methods() -> list[Method]:
     """torch.conv2d, the weights in the memory format of the maps."""
+    run = functools.partial(torch.conv2d, padding=1)
     return [
-        Method(
-            "torch", 1, functools.partial(_in_format, memory_format=memory_format), _conv2d, formats=(name,)
-        )
-        for name, memory_format in FORMATS.items()
-    ]  # fmt: skip
+        Method("torch", "torch", 1, functools.partial(Tensor.to, memory_format=form), _binder(run), (name,))
+        for name, form in FORMATS.items()
+    ]
+
+
+def _binder(run: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Call]:
+    return lambda x, packed: functools.partial(run, x, packed)
+
+
+def _layer(method: LayerMethod, spec: ConvSpec) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Call]]:
+    def bind(x: Tensor, packed: Tensor) -> Call:
+        return functools.partial(method.prepare(spec, packed, None, x, None), x, None)
+
+    return lambda weight: FORMS[method.form].pack(weight, spec), bind
 
 
 @contextlib.contextmanager
@@ -84,22 +133,6 @@ def precision(how: str) -> Iterator[None]:
     finally:
         for (owner, name, _), value in zip(settings, before, strict=True):
             setattr(owner, name, value)
-
-
-def _winograd(x: Tensor, packed: Tensor, *, out_channels: int, tile: int) -> Tensor:
-    return ops.winograd_conv2d_packed(x, packed, out_channels=out_channels, tile=tile)
-
-
-def _direct(x: Tensor, packed: Tensor, *, out_channels: int) -> Tensor:
-    return ops.direct_conv2d_packed(x, packed, out_channels=out_channels, kernel_size=3, padding=1)  # type: ignore[attr-defined]
-
-
-def _conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.conv2d(x, weight, padding=1)
-
-
-def _in_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return weight.to(memory_format=memory_format)
 
 
 class NcnnConv:

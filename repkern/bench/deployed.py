@@ -13,15 +13,17 @@ from repkern.nn.reparameterize import reparameterize
 
 __all__ = ["calibrated", "random_images"]
 
-_CALIBRATION_IMAGES = 8
+# At least so many images, and so many pixels of the last map (32 times smaller than the image) in all.
+_FEWEST_IMAGES, _FEWEST_PIXELS = 8, 256
 
 
 def calibrated(name: str, *, size: int = 224, width: float = 1.0, seed: int = 0) -> Network:
     """Network `name` of `create_model`, reparameterized, in eval mode: 3x3 convolutions with a bias and ReLUs.
 
-    Its random training form has seen 8 random images of size x size in train mode, so that every norm has their
+    Its random training form has seen random images of size x size in train mode, so that every norm has their
     statistics and activations keep their scale from layer to layer; scales and shifts of the norms are random.
     """
+    count = max(_FEWEST_IMAGES, _FEWEST_PIXELS // max(1, size // 32) ** 2)
     before = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -36,7 +38,7 @@ def calibrated(name: str, *, size: int = 224, width: float = 1.0, seed: int = 0)
                 module.weight.uniform_(0.5, 1.5, generator=generator)
                 module.bias.normal_(0, 0.2, generator=generator)
     with torch.no_grad():
-        model.train()(random_images(_CALIBRATION_IMAGES, size, seed=seed + 2))
+        model.train()(random_images(count, size, seed=seed + 2))
     return cast(Network, reparameterize(model.eval()))
 
 

@@ -156,6 +156,7 @@ def _run_case(
             say(f"  {message}")
             continue
         errors[name] = error
+    say(f"  {OURS}: {remotes[OURS].call('chosen')}")
     samples = measure_pairs(
         {name: remotes[name].workload() for name in errors},
         pairs=case.options.pairs,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import repkern
+from repkern.deploy import optimize_for_inference
 from repkern.models import load
 
 __all__ = ["CONTESTANTS", "OURS", "PRECISIONS", "Contestant", "Job", "Kind", "contestant", "missing", "names_for"]
@@ -59,6 +63,14 @@ class Contestant:
         answer = self.run()
         return np.asarray(answer.float().cpu() if isinstance(answer, Tensor) else answer, dtype=np.float64)
 
+    def chosen(self) -> str:
+        """By which methods ours computes how many of the convolutions; empty for rivals."""
+        report = getattr(getattr(self.run, "model", None), "report", None)
+        if report is None:
+            return ""
+        counts = Counter(layer.method for layer in report.layers) + Counter({"kept": len(report.kept)})
+        return ", ".join(f"{count} x {method}" for method, count in counts.most_common())
+
 
 def contestant(name: str, threads: int) -> Contestant:
     """For `Remote`."""
@@ -77,48 +89,55 @@ def missing(name: str) -> list[str]:
 
 def _torch(job: Job, memory_format: torch.memory_format) -> tuple[nn.Module, Tensor]:
     """Network and images on the device of the job, in its precision."""
-    allow = job.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
-    torch.backends.cudnn.benchmark = True
+    if job.device == "cuda":
+        allow = job.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
+        torch.backends.cudnn.benchmark = True
     dtype = torch.float16 if job.precision == "fp16" else torch.float32
     model = load(job.network).eval().to(job.device, dtype)
     images = torch.from_numpy(np.load(job.images)).to(job.device, dtype)
     return model.to(memory_format=memory_format), images.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
-def _inference(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
-    def run() -> Tensor:
+class _Inference:
+    """model(images) under inference mode, done when it returns."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], images: Tensor) -> None:
+        self.model, self.images = model, images
+
+    def __call__(self) -> Tensor:
         with torch.inference_mode():
-            answer = model(images)
-        if images.is_cuda:
+            answer = self.model(self.images)
+        if self.images.is_cuda:
             torch.cuda.synchronize()
         return answer
 
-    return run
-
 
 def _eager(memory_format: torch.memory_format) -> Callable[[Job, int], Callable[[], Tensor]]:
-    return lambda job, threads: _inference(*_torch(job, memory_format))
+    return lambda job, threads: _Inference(*_torch(job, memory_format))
 
 
 def _compiled(memory_format: torch.memory_format) -> Callable[[Job, int], Callable[[], Tensor]]:
     def make(job: Job, threads: int) -> Callable[[], Tensor]:
         import torch._inductor.config
+        from torch._inductor import select_algorithm
 
         torch._dynamo.reset()
         torch._inductor.config.freezing = True
+        select_algorithm.PRINT_AUTOTUNE = False
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # its own way to measure tensors
         model, images = _torch(job, memory_format)
         mode = "max-autotune" if job.device == "cuda" else "max-autotune-no-cudagraphs"
-        return _inference(torch.compile(model, mode=mode), images)
+        return _Inference(torch.compile(model, mode=mode), images)
 
     return make
 
 
 def _ours(job: Job, threads: int) -> Callable[[], Tensor]:
+    # Times from other days would decide otherwise.
+    os.environ["REPKERN_CACHE_DIR"] = str(Path(job.network).parent)
     model, images = _torch(job, torch.channels_last)
-    optimize = getattr(repkern, "optimize_for_inference", lambda model, images: model)
-    optimized = optimize(model, images)
-    return _inference(optimized, images)
+    return _Inference(optimize_for_inference(model, images, precision=job.precision, progress=False), images)
 
 
 def _onnxruntime(job: Job, threads: int) -> Callable[[], np.ndarray]:

@@ -188,7 +188,7 @@ def conv(
         tiles=tile or (2, 4),
         threads=torch.get_num_threads(),
         ncnn=ncnn and not isa,  # ncnn cannot be held to an instruction set
-        cold=cold and not quick,
+        cold=cold and not quick and device == "cpu",
         choosing_pairs=3 if quick else 7,
         pairs=pairs or (3 if quick else 15),
         min_sample_seconds=0.002 if quick else 0.01,
