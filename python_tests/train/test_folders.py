@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from repkern.train.data import DigitsData
-from repkern.train.folders import FlippedBatches, load_image_folder
+from repkern.train.folders import FlippedBatches, load_image_folder, load_images
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -82,3 +82,13 @@ def test_some_images_are_mirrored_and_the_order_resumes():
     other.load_state_dict(state)
     for one, two in zip(after, other.train_batches(), strict=True):
         assert torch.equal(one, two[0])
+
+
+def test_a_sample_of_images_in_any_folders(folder):
+    pixels = load_images(folder, 5, 16)
+    assert pixels.shape == (5, 3, 16, 16)
+    assert sorted(pixels.mean(dim=(1, 2, 3)).tolist()) == [0, 0, 0, 1, 1]  # 10 files: test, then train, cats first
+    assert len(load_images(folder, 100, 16)) == 10
+    assert load_images(folder, 2, 16, channels=1).shape == (2, 1, 16, 16)
+    with pytest.raises(ValueError, match="channels, the network takes 4"):
+        load_images(folder, 2, 16, channels=4)

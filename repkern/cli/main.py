@@ -10,6 +10,7 @@ import typer
 from repkern.cli.export import export
 from repkern.cli.info import info
 from repkern.cli.models import models
+from repkern.cli.quantize import quantize
 from repkern.cli.quickstart import quickstart
 from repkern.cli.reparameterize import reparameterize
 from repkern.cli.repopt import repopt
@@ -57,6 +58,7 @@ app.command()(repopt)
 app.add_typer(search_app, name="search")
 app.command()(reparameterize)
 app.command()(export)
+app.command()(quantize)
 app.command()(models)
 app.command()(info)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repkern.train.data import Batch, DigitsData, MissingExtraError, TensorBatches
 
-__all__ = ["FlippedBatches", "load_image_folder"]
+__all__ = ["FlippedBatches", "load_image_folder", "load_images"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _TEST_NAMES = ("test", "val", "validation")
@@ -50,6 +50,22 @@ def _load(folder: Path, classes: list[str], size: int) -> tuple[Tensor, Tensor]:
         images += [_read(path, size) for path in files]
         labels += [label] * len(files)
     return torch.stack(images).float().div_(127.5).sub_(1), torch.tensor(labels)
+
+
+def load_images(folder: str | Path, count: int, size: int, channels: int = 3) -> Tensor:
+    """At most `count` images below `folder`, at equal distances in the order of their paths: [N, channels, size, size].
+
+    float32 in [0, 1]; 1 channel: grey. ValueError for a folder without images and files that are none, and for other
+    numbers of channels; MissingExtraError without Pillow.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, the network takes {channels}")
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"{folder} has no images ({', '.join(_SUFFIXES)})")
+    chosen = [files[at * len(files) // count] for at in range(count)] if count < len(files) else files
+    pixels = torch.stack([_read(path, size) for path in chosen]).float().div_(255)
+    return pixels if channels == 3 else pixels.mean(dim=1, keepdim=True)
 
 
 def _read(path: Path, size: int) -> Tensor:
