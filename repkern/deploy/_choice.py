@@ -125,9 +125,11 @@ class Chooser:
                 reason = "the residual has another shape than the result"
             if reason is None and method.tile and _may_overflow(x, method.tile):
                 reason = "fp16 could overflow in the transform"
+            if reason is None and method.form not in packed:
+                packed[method.form] = FORMS[method.form].pack(weight, spec)
+                if not _comes_back(weight, packed[method.form], layer, method.form):
+                    reason = "the weights would not come back exactly"
             if reason is None:
-                if method.form not in packed:
-                    packed[method.form] = FORMS[method.form].pack(weight, spec)
                 calls[name] = method.prepare(spec, packed[method.form], layer.bias, x, residual)
                 record.bytes_of[name] = _bytes(weight, packed[method.form], method.form)
                 if name != "torch":
@@ -138,6 +140,11 @@ class Chooser:
                 calls.pop(name, None)
                 record.reasons[name] = reason
         return calls
+
+
+def _comes_back(weight: Tensor, packed: Tensor, layer: InferenceConv2d, form: str) -> bool:
+    unpack = FORMS[form].unpack
+    return unpack is None or torch.equal(unpack(packed, layer.spec).to(weight.dtype), weight)
 
 
 def _bind(call: Call, residual: Tensor | None) -> Callable[[Tensor], Tensor]:

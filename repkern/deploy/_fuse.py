@@ -32,7 +32,11 @@ class Untraceable(Exception):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return has_hooks(m) or isinstance(m, InferenceConv2d) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            has_hooks(m)
+            or isinstance(m, nn.Conv2d | InferenceConv2d)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 def trace(model: nn.Module, args: Sequence[Any]) -> fx.GraphModule:

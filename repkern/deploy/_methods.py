@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from repkern.ops import OPS, winograd_conv2d_packed, winograd_transform_weight
+from repkern import _native
+from repkern.ops import (
+    OPS,
+    direct_conv2d_packed,
+    direct_pack_weight,
+    direct_unpack_weight,
+    winograd_conv2d_packed,
+    winograd_transform_weight,
+)
 from repkern.ops._select import why_not
-from repkern.ops.winograd_conv2d import ACTIVATIONS
+from repkern.ops.winograd_conv2d import ACTIVATIONS, TILES
 
 __all__ = ["FORMS", "METHODS", "Call", "ConvSpec", "Form", "Maps", "Method", "activate", "torch_conv"]
 
@@ -190,7 +198,7 @@ def _op_call(name: str, packed: Tensor, bias: Tensor | None, tail: tuple[Any, ..
     return lambda x, residual: op.run_checked(plan, x, packed, wide, residual, *tail)
 
 
-def _winograd(tile: int) -> Method:
+def _winograd(tile: int, form: str) -> Method:
     def prepare(spec: ConvSpec, packed: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor | None) -> Call:
         tail = (spec.out_channels, tile, spec.padding[0], spec.groups, ACTIVATIONS.index(spec.activation))
         return _op_call("winograd_conv2d_packed", packed, bias, tail, x, residual)
@@ -208,18 +216,73 @@ def _winograd(tile: int) -> Method:
             residual=residual,
         )
 
-    return Method(f"winograd{tile}", _winograd_why_not, prepare, traced, tile)
+    return Method(form, _winograd_why_not, prepare, traced, tile)
 
 
-def _winograd_form(tile: int) -> Form:
+def _transformed(tile: int) -> Form:
     return Form(lambda weight, spec: winograd_transform_weight(weight, tile, groups=spec.groups), None)
 
 
-#: How weights can be kept. "plain" is torch's own; the layer needs no other to be right.
+def _direct_why_not(spec: ConvSpec, maps: Maps) -> str | None:
+    if maps.device.type != "cpu":
+        return "direct convolution has kernels for the CPU only"
+    if maps.dtype != torch.float32:
+        return f"direct convolution is not chosen for {maps.dtype}"
+    return why_not("cpu", "cpu")
+
+
+def _split_why_not(spec: ConvSpec, maps: Maps) -> str | None:
+    has_tiles = _native.native_build_info().get("isa_used") == "amx"
+    return _direct_why_not(spec, maps) or (None if has_tiles else "the CPU has no tile unit (AMX)")
+
+
+def _direct(form: str, reason: Callable[[ConvSpec, Maps], str | None]) -> Method:
+    def prepare(spec: ConvSpec, packed: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor | None) -> Call:
+        geometry = (spec.kernel_size, spec.stride, spec.padding, spec.dilation)
+        tail = (spec.out_channels, *geometry, spec.groups, ACTIVATIONS.index(spec.activation))
+        return _op_call("direct_conv2d_packed", packed, bias, tail, x, residual)
+
+    def traced(spec: ConvSpec, packed: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor | None) -> Tensor:
+        return direct_conv2d_packed(
+            x,
+            packed,
+            bias,
+            out_channels=spec.out_channels,
+            kernel_size=spec.kernel_size,
+            stride=spec.stride,
+            padding=spec.padding,
+            dilation=spec.dilation,
+            groups=spec.groups,
+            activation=spec.activation,
+            residual=residual,
+        )
+
+    return Method(form, reason, prepare, traced)
+
+
+def _pack_blocks(weight: Tensor, spec: ConvSpec) -> Tensor:
+    wide = weight.float() if weight.dtype in _HALF else weight
+    return direct_pack_weight(wide, groups=spec.groups, method="fma")
+
+
+def _unpack(packed: Tensor, spec: ConvSpec) -> Tensor:
+    return direct_unpack_weight(
+        packed,
+        out_channels=spec.out_channels,
+        in_channels=spec.in_channels,
+        kernel_size=spec.kernel_size,
+        groups=spec.groups,
+    )
+
+
+#: How weights can be kept. "plain" is torch's own; "blocks" is read by direct convolution and by Winograd's that
+#: transforms in the cache, for any tile; "split" is three bfloat16 parts.
 FORMS: dict[str, Form] = {
     "plain": Form(lambda weight, spec: weight, lambda packed, spec: packed),
     "onednn": Form(_onednn_pack, None),
-    **{f"winograd{tile}": _winograd_form(tile) for tile in (2, 4, 6)},
+    "blocks": Form(_pack_blocks, _unpack),
+    "split": Form(lambda weight, spec: direct_pack_weight(weight, groups=spec.groups, method="split"), _unpack),
+    **{f"transformed F{tile}": _transformed(tile) for tile in TILES},
 }
 
 #: By name, as reports and the cache have it.
@@ -227,5 +290,8 @@ METHODS: dict[str, Method] = {
     "torch": Method("plain", lambda spec, maps: None, _torch_prepare, _torch_traced),
     "onednn": Method("plain", _onednn_why_not, _onednn_prepare, _torch_traced),
     "onednn packed": Method("onednn", _onednn_why_not, _onednn_prepare, _torch_traced),
-    **{f"winograd F{tile}": _winograd(tile) for tile in (2, 4, 6)},
+    "direct fma": _direct("blocks", _direct_why_not),
+    "direct split": _direct("split", _split_why_not),
+    **{f"winograd F{tile}": _winograd(tile, "blocks") for tile in TILES},
+    **{f"winograd F{tile} transformed": _winograd(tile, f"transformed F{tile}") for tile in TILES},
 }

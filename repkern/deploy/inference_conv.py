@@ -62,7 +62,7 @@ class InferenceConv2d(nn.Module):
         unpack = FORMS[self.form].unpack
         assert unpack is not None
         assert self.packed is not None
-        return unpack(self.packed, self.spec)
+        return unpack(self.packed, self.spec).to(self._dtype)
 
     @torch.no_grad()
     def use(self, form: str, method: str, methods: Mapping[torch.Size, str] | None = None) -> None:
@@ -99,7 +99,8 @@ class InferenceConv2d(nn.Module):
         if self.chooser is not None:
             return self.chooser(self, x, residual)
         if torch._C._get_tracing_state() is not None or not _is_ordinary((x, residual)):
-            return self._watched(x, residual)
+            transformed = torch._C._are_functorch_transforms_active()  # the ops have no rules for vmap and its kin
+            return self.by_torch(x, residual) if transformed else self._watched(x, residual)
         key: Any = (x.shape, x.stride(), x.dtype, x.device)
         if residual is not None:
             key = (key, residual.shape, residual.dtype, residual.device)

@@ -66,22 +66,25 @@ class InferenceModel(nn.Module):
             return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._channels_last and self._dtype is None:
+        channels_last = self._channels_last
+        if channels_last and not torch.compiler.is_compiling():
+            channels_last = not torch._C._are_functorch_transforms_active()  # vmap's maps have no memory formats
+        if not channels_last and self._dtype is None:
             return self._body(*args, **kwargs)
-        contiguous = self._channels_last and any(_is_nchw(arg) for arg in args)
-        args = tuple(self._inside(arg) for arg in args)
-        kwargs = {name: self._inside(arg) for name, arg in kwargs.items()}
+        contiguous = channels_last and any(_is_nchw(arg) for arg in args)
+        args = tuple(self._inside(arg, channels_last) for arg in args)
+        kwargs = {name: self._inside(arg, channels_last) for name, arg in kwargs.items()}
         result = self._body(*args, **kwargs)
         if isinstance(result, Tensor):
             return self._outside(result, contiguous)
         return tree_map_only(Tensor, lambda tensor: self._outside(tensor, contiguous), result)
 
-    def _inside(self, x: Any) -> Any:
+    def _inside(self, x: Any, channels_last: bool) -> Any:
         if not isinstance(x, Tensor):
             return x
         if self._dtype is not None and x.is_floating_point():
             x = x.to(self._dtype)
-        return x.contiguous(memory_format=torch.channels_last) if self._channels_last and x.dim() == 4 else x
+        return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
     def _outside(self, y: Tensor, contiguous: bool) -> Tensor:
         if self._dtype is not None and y.dtype == self._dtype:

@@ -40,8 +40,6 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 _SAME = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 0.02}
 # Relative to the largest output, with the chosen methods: the end-to-end promise in float32.
 _END_TO_END = {"exact": 1e-5, "default": 1e-5, "fast": 1e-4}
-# Methods leave in this order where the promise is not kept.
-_LEAST_ACCURATE_FIRST = ("winograd F6", "winograd F4", "winograd F2")
 
 
 def optimize_for_inference(
@@ -270,9 +268,9 @@ def _choose(
         stepped = decide(chooser.records, rules, skip)
         report.difference = _difference(_run(model, args), wanted)
         used = {name for layer in layers for name in (layer.method, *layer.methods.values())}
-        left = [name for name in _LEAST_ACCURATE_FIRST if name in used]
-        if report.difference <= limit or not left:
+        tile = max((METHODS[name].tile for name in used), default=0)
+        if report.difference <= limit or not tile:
             break
-        skip.append(left[0])
-        report.notes.append(f"{left[0]} is not used: outputs differed by {report.difference:.1e}")
+        skip += [name for name, method in METHODS.items() if method.tile == tile]
+        report.notes.append(f"Winograd F{tile} is not used: outputs differed by {report.difference:.1e}")
     describe(model, layers, chooser.records, stepped, skip)
