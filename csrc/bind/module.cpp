@@ -14,6 +14,8 @@ namespace repkern {
 void register_branch_norm_add(py::module_& m);
 void register_compose_sequential(py::module_& m);
 void register_direct_conv2d(py::module_& m);
+void register_grad_mult_adamw(py::module_& m);
+void register_grad_mult_sgd(py::module_& m);
 void register_orepa_squeeze(py::module_& m);
 void register_winograd_conv2d(py::module_& m);
 
@@ -59,6 +61,8 @@ PYBIND11_MODULE(REPKERN_MODULE_NAME, m) {
   repkern::register_branch_norm_add(m);
   repkern::register_compose_sequential(m);
   repkern::register_direct_conv2d(m);
+  repkern::register_grad_mult_adamw(m);
+  repkern::register_grad_mult_sgd(m);
   repkern::register_orepa_squeeze(m);
   repkern::register_winograd_conv2d(m);
 }

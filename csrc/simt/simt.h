@@ -29,6 +29,7 @@
 #define __shfl_up_sync(...) simt::shfl_up(SIMT_PLACE("__shfl_up_sync"), __VA_ARGS__)
 #define __ballot_sync(...) simt::ballot(SIMT_PLACE("__ballot_sync"), __VA_ARGS__)
 #define __any_sync(...) simt::any(SIMT_PLACE("__any_sync"), __VA_ARGS__)
+#define __threadfence()
 #define __all_sync(...) simt::all(SIMT_PLACE("__all_sync"), __VA_ARGS__)
 
 namespace simt {

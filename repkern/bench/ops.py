@@ -16,6 +16,7 @@ from repkern.bench.peak import Peak, measure_peak
 from repkern.bench.problems import CheckResult, Forward, Problem, build_problem
 from repkern.bench.registry import Case
 from repkern.bench.results import Row
+from repkern.bench.steps import run_steps
 from repkern.bench.timing import (
     Workload,
     graphed,
@@ -74,6 +75,9 @@ def run_ops(
     failures: list[str] = []
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.op} {case.name}")
+        if case.network:
+            failures += run_steps(case, options, on_row, say)
+            continue
         problem = build_problem(case, dtype=options.dtype, device=options.device)
         forwards, checks, failed = _checked(problem, options, say)
         failures += failed

@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 # name  op  layers: co,ci,k,groups[*count] ...; compose_sequential: cm,ci,k1,groups co,cm,k2,groups;
-# branch_norm_add: n,c,h,w[*branches] [channels_last]
+# branch_norm_add: n,c,h,w[*branches] [channels_last]; grad_mult_*: the network whose parameters are stepped
 DEFAULT_CASES = """
 c64            orepa_squeeze       64,64,3,1
 c128           orepa_squeeze       128,128,3,1
@@ -40,6 +40,8 @@ bn_16x16       branch_norm_add     16,96,16,16*3
 bn_8x8         branch_norm_add     16,192,8,8*3
 bn_64x64_last  branch_norm_add     16,48,64,64*3 channels_last
 bn_8x8_last    branch_norm_add     16,192,8,8*3 channels_last
+b1_sgd         grad_mult_sgd       repopt_vgg_b1
+b1_adamw       grad_mult_adamw     repopt_vgg_b1
 """
 
 # winograd_conv2d: channels (in and out), height and width of the layers of VGG-like networks; batch 1 and 8
@@ -48,7 +50,14 @@ CONV_CASES = "64,112 64,56 128,28 256,14 192,14 96,28 48,56 512,7 512,14"
 DIRECT_CASES = """3,48,224,3,2 3,64,224,3,2 48,48,112,3,2 64,128,56,3,2 96,192,28,3,2 192,1280,14,3,2 512,512,14,1,1"""
 _CONV_BATCHES = (1, 8)
 
-_OPS = ("orepa_squeeze", "orepa_squeeze_many", "compose_sequential", "branch_norm_add")
+_OPS = (
+    "orepa_squeeze",
+    "orepa_squeeze_many",
+    "compose_sequential",
+    "branch_norm_add",
+    "grad_mult_sgd",
+    "grad_mult_adamw",
+)
 _MOST_BRANCHES = 16
 _LAYER = re.compile(r"(\d+),(\d+),(\d+),(\d+)(?:\*(\d+))?")
 _MAX_GROUPS_WITH_ONE_SET = 4  # the released rule for the internal channels: twice as many beyond this
@@ -109,6 +118,7 @@ class Case:
     op: str
     layers: tuple[Layer, ...]
     maps: Maps | None = None
+    network: str = ""  # of an optimizer step
 
     def flops(self, what: str) -> int:
         """Of "forward", "backward" (of products twice the forward: two for one) or "forward+backward"."""
@@ -137,6 +147,11 @@ def parse_cases(text: str, source: str = "cases") -> list[Case]:
             )
         if words[1] == "branch_norm_add":
             cases.append(Case(words[0], words[1], (), _parse_maps(words[2:], where)))
+            continue
+        if words[1].startswith("grad_mult_"):
+            if len(words) != 3:
+                raise ValueError(f"{where}: {words[1]} takes the name of one network, got {' '.join(words[2:])!r}")
+            cases.append(Case(words[0], words[1], (), network=words[2]))
             continue
         layers = tuple(layer for word in words[2:] for layer in _parse_layer(word, where))
         _check_case(words[1], layers, where)

@@ -9,6 +9,7 @@ import torch
 
 __all__ = [
     "DTYPE_CODE",
+    "addresses",
     "allow_tf32",
     "empty",
     "empty_like",
@@ -69,6 +70,11 @@ def require_floating(op: str, dtype: torch.dtype) -> None:
 def pointer(tensor: torch.Tensor | None) -> int:
     """The address of a contiguous tensor, 0 for None. Keep the tensor bound to a local while it is in use."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """The addresses of many tensors. Keep the tensors bound while they are in use."""
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 def empty(

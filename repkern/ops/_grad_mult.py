@@ -27,6 +27,7 @@ __all__ = [
     "Packed",
     "Plan",
     "TensorPlan",
+    "check_number",
     "check_numbers",
     "check_steps",
     "dense_multipliers",
@@ -212,9 +213,8 @@ def dense_multipliers(shapes: Sequence[Sequence[int]], packed: Packed) -> list[T
 class TensorPlan:
     """One parameter as the kernels see it: a flat run of numbers cut into rows, one row an output channel.
 
-    A row is [inner, taps, Ci/g] or [taps, ...] : position r of a row has tap r / inner % taps. `inner` is 1 for
-    contiguous weights and Ci/g for channels_last ones. Only the middle tap is the centre; `diagonal` is what divides
-    the channel to give the identity's input channel.
+    Position r of a row belongs to kernel position r / inner % taps, of which the middle one is the centre; `inner` is
+    1 for contiguous weights and Ci/g for channels_last ones. The identity's input channel is o mod `diagonal`.
     """
 
     shape: tuple[int, ...]
@@ -222,7 +222,6 @@ class TensorPlan:
     kind: int
     slot: int  # of the first multiplier tensor
     channels_last: bool
-    copied: bool  # the parameter is neither contiguous nor channels_last: a copy is updated and written back
     size: int
     row: int
     taps: int
@@ -230,13 +229,14 @@ class TensorPlan:
     diagonal: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: tables are kept per plan
 class Plan:
     """What `check` found: one row per parameter, and the tensors that are not in their parameter's order."""
 
     tensors: tuple[TensorPlan, ...]
     device: torch.device
-    reordered: tuple[tuple[int, int], ...]  # (list, parameter); lists count from 0 = params, then grads, then state
+    # (list, parameter); lists count from 0: params, grads, state; -1 are multipliers
+    reordered: tuple[tuple[int, int], ...]
 
 
 _size, _stride = Tensor.size, Tensor.stride
@@ -259,13 +259,13 @@ def plan_for(op: str, names: tuple[str, ...], lists: Sequence[Sequence[Tensor]],
     checked once: the answer is kept.
     """
     params = lists[0]
-    if len(set(map(id, params))) != len(params):
-        at = next(i for i, p in enumerate(params) if any(p is earlier for earlier in params[:i]))
-        raise ValueError(f"{op}: `params[{at}]` is in the list twice")
+    _refuse_twice(op, "params", params)
     for name, tensors in zip(names, lists, strict=True):
         if len(tensors) != len(params):
             raise ValueError(f"{op}: {len(params)} parameters, but {len(tensors)} `{name}`")
         for at, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{op}: `{name}[{at}]` must be a tensor, got {type(tensor).__name__}")
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{op}: `{name}[{at}]` must be dense, got layout {tensor.layout}; no sparse gradients")
     facts = tuple(_facts(tensors) for tensors in lists)
@@ -276,6 +276,12 @@ def plan_for(op: str, names: tuple[str, ...], lists: Sequence[Sequence[Tensor]],
         if "unhashable" not in str(error):  # symbolic sizes
             raise
         return _plan.__wrapped__(*key)
+
+
+def _refuse_twice(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    if len(set(map(id, tensors))) != len(tensors):
+        at = next(i for i, t in enumerate(tensors) if any(t is earlier for earlier in tensors[:i]))
+        raise ValueError(f"{op}: `{name}[{at}]` is in the list twice")
 
 
 @functools.lru_cache(maxsize=256)
@@ -326,6 +332,14 @@ def _plan(
         for at, tensor in enumerate(tensors)
         if not _in_order(tensor.shape, other_strides[at], tensor.channels_last)
     ]
+    reordered += [
+        (-1, at)
+        for at, tensor in enumerate(tensors)
+        for slot in range(slots[at], slots[at + 1])
+        if not _in_order(
+            multiplier_facts[0][slot], multiplier_facts[1][slot], tensor.kind == DENSE and tensor.channels_last
+        )
+    ]
     return Plan(tuple(tensors), devices[0], tuple(reordered))
 
 
@@ -366,12 +380,18 @@ def _plan_tensor(
     size = math.prod(shape)
     row, taps, inner, diagonal = max(size, 1), 1, 1, 1
     if kind in (SCALE, CENTRE):
-        taps = shape[2] * shape[3]
-        row, inner, diagonal = shape[1] * taps, shape[1] if channels_last else 1, shape[0] // groups
+        # At least 1: kernels divide by these even where there is nothing to do.
+        taps = max(shape[2] * shape[3], 1)
+        row, inner, diagonal = max(shape[1], 1) * taps, shape[1] if channels_last else 1, max(shape[0] // groups, 1)
         if row > _LONGEST_ROW:
             raise ValueError(f"{op}: `{where}` has {row} numbers an output channel, more than {_LONGEST_ROW}")
-    copied = not contiguous and not channels_last
-    return TensorPlan(tuple(shape), dtype, kind, slot, channels_last, copied, size, row, taps, inner, diagonal)
+    return TensorPlan(tuple(shape), dtype, kind, slot, channels_last, size, row, taps, inner, diagonal)
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """ValueError unless `value` is finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: `{name}` must be finite, got {value}")
 
 
 def check_numbers(op: str, count: int, **numbers: Sequence[float]) -> None:
@@ -400,7 +420,7 @@ def multiplied_gradient(grad: Tensor, multiplier: Tensor | None, grad_scale: Ten
     """M * grad / grad_scale, negative when `maximize`, in the dtype of the state."""
     g = grad.to(state_dtype(grad.dtype))
     if grad_scale is not None:
-        g = g / grad_scale.to(g.dtype)
+        g = g / grad_scale.reshape(()).to(g.dtype)
     if multiplier is not None:
         g = g * multiplier
     return -g if maximize else g
@@ -420,8 +440,9 @@ def run_in_place(op: Op, *args: Any) -> None:
 
 
 def check_steps(op: str, steps: Sequence[Tensor], count: int, device: torch.device) -> None:
-    """TypeError or ValueError unless `steps` are `count` float32 numbers on `device`."""
+    """TypeError or ValueError unless `steps` are `count` different float32 numbers on `device`."""
     if len(steps) != count:
         raise ValueError(f"{op}: {count} parameters, but {len(steps)} `steps`")
+    _refuse_twice(op, "steps", steps)
     for at, step in enumerate(steps):
         require_flag(op, f"steps[{at}]", step, device)

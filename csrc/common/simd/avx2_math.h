@@ -17,6 +17,7 @@ struct Math<float> {
 
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg sqrt(Reg a) { return _mm256_sqrt_ps(a); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static Reg select_le(Reg a, Reg b, Reg x, Reg y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
@@ -38,6 +39,7 @@ struct Math<double> {
 
   static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
   static Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }
+  static Reg sqrt(Reg a) { return _mm256_sqrt_pd(a); }
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static Reg select_le(Reg a, Reg b, Reg x, Reg y) { return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LE_OQ)); }

@@ -17,6 +17,7 @@ struct Math<float> {
 
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg sqrt(Reg a) { return _mm512_sqrt_ps(a); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg select_le(Reg a, Reg b, Reg x, Reg y) {
@@ -39,6 +40,7 @@ struct Math<double> {
 
   static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
+  static Reg sqrt(Reg a) { return _mm512_sqrt_pd(a); }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static Reg select_le(Reg a, Reg b, Reg x, Reg y) {

@@ -15,12 +15,15 @@ struct Math {
 
   template <class Function>
   static Reg each(const Function& function) {
-    Reg r;
+    Reg r{};
     for (int j = 0; j < V::width; ++j) r[j] = function(j);
     return r;
   }
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg sqrt(Reg a) {
+    return each([&](int j) { return std::sqrt(a[j]); });
+  }
   // The second operand where one is NaN, as the x86 instructions.
   static Reg max(Reg a, Reg b) {
     return each([&](int j) { return a[j] > b[j] ? a[j] : b[j]; });

@@ -10,6 +10,7 @@ from repkern.ops._grad_mult import (
     Multiplier,
     Packed,
     Plan,
+    check_number,
     check_numbers,
     pack_multipliers,
     per_tensor,
@@ -42,6 +43,8 @@ def _check(
     found_inf: Tensor | None,
 ) -> Plan:
     check_numbers(OP, len(params), lr=lr, weight_decay=weight_decay, first_step=first_step)
+    check_number(OP, "momentum", momentum)
+    check_number(OP, "dampening", dampening)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(
             f"{OP}: nesterov needs momentum > 0 and dampening = 0, got momentum={momentum}, dampening={dampening}"

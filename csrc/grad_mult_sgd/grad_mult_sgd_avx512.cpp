@@ -1,0 +1,3 @@
+#include "common/simd/avx512_math.h"
+#define REPKERN_ISA_NAMESPACE avx512
+#include "grad_mult_sgd/grad_mult_sgd_body.h"
