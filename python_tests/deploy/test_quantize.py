@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -92,6 +93,15 @@ def test_saved_and_loaded_computes_the_same(repvgg, tmp_path):
     text = path.read_bytes()
     assert str(tmp_path).encode() not in text
     assert b"/python_tests/" not in text
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_compiled_computes_the_same_on_int8_kernels(repvgg):
+    _, quantized = repvgg
+    fast = quantized.compiled()
+    for seed in (1, 2):
+        batch = images(1, 8, seed)[0]
+        assert sqnr(quantized(batch), fast(batch)) > 40
 
 
 def test_fewer_bits_and_one_scale_lose_more():

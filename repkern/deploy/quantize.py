@@ -42,7 +42,7 @@ class Quantized:
     """A quantized network: called with images [N, ...] it gives what the float network gave, any N.
 
     program: torch.export's, with int8 weights and quantize-dequantize pairs around float operators, which torch runs
-    as they are anywhere and torch.compile turns into oneDNN's INT8 kernels on x86.
+    as they are anywhere, slowly; `compiled` makes them oneDNN's INT8 kernels.
     info: how it was made, as JSON values ("method", "weights", "weight_bits", "calibration_images").
     """
 
@@ -61,6 +61,27 @@ class Quantized:
         """The outputs, without gradients."""
         with torch.no_grad():
             return self._module(images)
+
+    def compiled(self) -> Callable[[Tensor], Any]:
+        """The network on INT8 kernels: torch.compile with frozen weights, which needs a C++ compiler and an x86 CPU.
+
+        Called as this is; every new shape of images is compiled on its first call, which takes seconds.
+        """
+        import torch._inductor.config as inductor
+
+        fast = torch.compile(self._module, dynamic=False)
+        known: set[torch.Size] = set()
+
+        def run(images: Tensor) -> Any:
+            with torch.no_grad():
+                if images.shape in known:
+                    return fast(images)
+                with quiet(), inductor.patch(freezing=True):
+                    outputs = fast(images)
+            known.add(images.shape)
+            return outputs
+
+        return run
 
     def save(self, path: str | Path) -> None:
         """Write a .pt2 file that `load_quantized` reads; it appears whole or not at all.
