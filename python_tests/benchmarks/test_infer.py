@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 
 import numpy as np
 import pytest
@@ -260,25 +259,46 @@ def test_high_water_mark_sees_what_was_freed_and_forgets_it():
 
 
 @pytest.mark.skipif(not rss.measured_here(), reason="the system does not reset high-water marks")
-def test_command_in_processes_with_memory():
+def test_memory_of_a_process_holds_the_weights(job):
+    files, _ = job
+    weights = sum(parameter.numel() * 4 for parameter in load(files.network).parameters())
+    with Remote("eager", "repkern.bench.rss:MemoryContestant", "eager", 1) as remote:
+        peak, preparation = remote.prepare(files)
+    assert weights < peak < weights + (64 << 20)
+    assert preparation >= weights
+
+
+def test_memory_rows_compare_with_the_leaner_format(monkeypatch):
+    bytes_of = {OURS: (30 << 20, 50 << 20), "eager": (25 << 20, 26 << 20), "eager-last": (24 << 20, 40 << 20)}
+
+    class Told(Inline):
+        def __init__(self, name, maker, *arguments):
+            assert maker == "repkern.bench.rss:MemoryContestant"
+            self.name = name
+
+        def prepare(self, job):
+            return bytes_of[self.name]
+
+    monkeypatch.setattr(infer, "Remote", Told)
+    monkeypatch.setattr(rss, "measured_here", lambda: True)
+    rows = []
+    infer._measure_memory(infer._Case("repvgg_a0", 1, options()), None, rows.append, print)
+    peak, preparation = rows
+    assert (peak.what, peak.baseline, peak.extra_mib, peak.limit_mib) == ("peak", "eager-last", 30.0, 24.0)
+    assert (peak.ratio, peak.target, peak.verdict) == (1.25, "<= 1.5 x eager", "ok")
+    assert (preparation.what, preparation.baseline, preparation.target) == ("peak of preparation", "eager", "")
+
+
+def test_command(monkeypatch):
     from repkern.cli.bench import app
 
-    words = "repvgg_a0 --size 32 --batch 1 --rivals eager --pairs 1 --json --threads 1"
-    before = torch.get_num_threads()
-    try:
-        answer = CliRunner().invoke(app, ["infer", *words.split()])
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(infer, "Remote", Inline)
+    words = "repvgg_a0 --size 32 --batch 1 --rivals eager --pairs 1 --json --no-memory"
+    answer = CliRunner().invoke(app, ["infer", *words.split()])
     assert answer.exit_code == 0, answer.output
-    rows = {(row["kind"], row["what"]): row for row in map(json.loads, answer.stdout.splitlines())}
-    assert set(rows) == {
-        ("infer", "forward"), ("infer", "forward, best rival"), ("infer-memory", "peak"),
-        ("infer-memory", "peak of preparation"),
-    }  # fmt: skip
-    peak = rows["infer-memory", "peak"]
-    assert peak["extra_mib"] > 30  # of weights
-    assert math.isclose(peak["ratio"], peak["extra_mib"] / peak["limit_mib"])
-    assert peak["target"] == "<= 1.5 x eager"
+    rows = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert [row["what"] for row in rows] == ["forward", "forward, best rival"]
+    assert {row["case"] for row in rows} == {"repvgg_a0_n1_32"}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ _FORCED_ISA = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    }
+    },
 }
 
 
