@@ -16,9 +16,9 @@ namespace {
 class Split {
   static constexpr int64_t kPieceBytes = 1 << 20;  // of padded rows: they share the second cache with weights
   static constexpr int64_t kGroup = 32;            // tiles of pixels that pass by the weights of a chain together
-  static constexpr int64_t kChain = 24;            // blocks; longer chains of sums lose accuracy
+  static constexpr int64_t kChain = 36;            // blocks; longer chains of sums lose accuracy
   static constexpr int64_t kPanel = 2;             // blocks of outputs side by side
-  static constexpr int64_t kTile = kTileRows * kDepth;
+  static constexpr int64_t kTile = kTileRows * kDepth, kBlockLines = kParts * kTile / 32;
 
  public:
   Split(const DirectParams& p, void* workspace, int threads)
@@ -33,12 +33,12 @@ class Split {
     // A tile is read whole even if the map ends within it.
     const int64_t planes = pieces_.images * image_, behind = kTileRows * step_ + kDepth;
     offsets_ = space_.take<int32_t>(blocks_);
+    segments_ = space_.take<Segment>(patched_ ? most_segments() : 0);
     shared_ = space_.take<uint16_t>(pieces_.shared ? planes * p.groups + behind : 0);
     const size_t before = space_.used();
     own_.planes = space_.take<uint16_t>(pieces_.shared ? 0 : planes + behind);
     own_.sums = space_.take<float>(kGroup * kTileRows * kPanel * 16);
     own_.strips = space_.take<float>(strips_ * columns_ * pitch_ + 16);
-    own_.patch = space_.take<float>(patched_ ? row_ + 16 : 0);
     own_bytes_ = space_.used() - before;
     bytes_ = before + own_bytes_ * static_cast<size_t>(threads);
   }
@@ -47,6 +47,7 @@ class Split {
 
   void run() {
     set_offsets();
+    if (patched_) set_segments();
     for (int64_t number = 0; pieces_.shared && number < pieces_.count; ++number) run_shared(pieces_.at(p_, s_, number));
     if (pieces_.shared) return;
     parallel_for(pieces_.count, threads_, [this](int64_t number, int thread) {
@@ -62,14 +63,20 @@ class Split {
   }
 
  private:
+  // Numbers of a patch that lie side by side in a strip, within one vector of the patch; lane 0 would be at `offset`.
+  struct Segment {
+    int64_t offset;
+    int32_t vector;
+    __mmask16 mask;
+  };
   struct Own {
     uint16_t* planes;
-    float *sums, *strips, *patch;
+    float *sums, *strips;
   };
 
   Own own_of(int thread) const {
     const int64_t bytes = static_cast<int64_t>(own_bytes_) * thread;
-    return {own_.planes + bytes / 2, own_.sums + bytes / 4, own_.strips + bytes / 4, own_.patch + bytes / 4};
+    return {own_.planes + bytes / 2, own_.sums + bytes / 4, own_.strips + bytes / 4};
   }
 
   // Where numbers lie. Short filters become one run of products, gathered for every output; dilated ones whose taps do
@@ -93,15 +100,32 @@ class Split {
     strips_ = whole_ ? p_.kh : 1;
   }
 
+  // Blocks come in the order in which all taps read the same numbers of the input, which stay in the first cache.
   void set_offsets() {
-    const int64_t each = blocks_ / runs_;
+    const bool taps = s_.cg % kDepth == 0;
+    const int64_t inside = taps ? p_.kw : 1;
     for (int64_t b = 0; b < blocks_; ++b) {
-      const int64_t r = b / each * p_.dh, first = b % each * kDepth;
+      const int64_t t = b % inside, r = b / inside % runs_ * p_.dh, first = b / inside / runs_ * kDepth;
       const int64_t start = length_ < kDepth ? first : least(first, length_ - kDepth);
       const int64_t line = whole_ ? 0 : r % p_.sh * plane_ + r / p_.sh * row_;
-      const bool taps = !patched_ && s_.cg % kDepth == 0;
-      offsets_[b] = static_cast<int32_t>(line + (taps ? start / s_.cg * p_.dw * pitch_ + start % s_.cg : start));
+      offsets_[b] = static_cast<int32_t>(line + t * p_.dw * pitch_ + start);
     }
+  }
+
+  int64_t most_segments() const { return step_ / 16 + strips_ * p_.kw + 2; }
+
+  void set_segments() {
+    const int64_t pieces = p_.dw == 1 ? 1 : p_.kw, length = p_.kw * s_.cg / pieces;
+    Segment* next = segments_;
+    for (int64_t run = 0; run < strips_ * pieces; ++run) {
+      const int64_t from = run / pieces * columns_ * pitch_ + run % pieces * p_.dw * pitch_, at = run * length;
+      for (int64_t c = 0; c < length;) {
+        const int64_t lane = (at + c) % 16, some = least(16 - lane, length - c);
+        *next++ = {from + c - lane, static_cast<int32_t>((at + c) / 16), __mmask16(((1u << some) - 1) << lane)};
+        c += some;
+      }
+    }
+    *next = {0, -1, 0};
   }
 
   void run_shared(const DirectPiece& piece) {
@@ -127,29 +151,38 @@ class Split {
 
   // One row of planes [image][part][phase][row]: row i of phase f is padded row (first + i) sh + f.
   void read(const DirectPiece& piece, int64_t g, int64_t line, uint16_t* planes, const Own& own) const {
-    const int64_t image = line / lines_of(piece), rest = line % lines_of(piece);
+    const int64_t image = line / lines_of(piece), rest = line % lines_of(piece), n = piece.image + image;
     const int64_t phase = rest % phases_, i = rest / phases_;
     uint16_t* to = planes + image * image_ + phase * plane_ + i * row_;
     const int64_t h = (piece.row + i) * p_.sh + phase - p_.ph, strip = columns_ * pitch_;
-    for (int64_t r = 0; r < strips_; ++r)
-      in_.row(piece.image + image, g, h + r * p_.dh, columns_, pitch_, own.strips + r * strip);
+    if (!patched_ && (h < 0 || h >= p_.h)) return clear_parts(row_, to, part_);
+    if (!patched_ && p_.channels_last && pitch_ == p_.c) return read_in_place(n, h, to);
+    for (int64_t r = 0; r < strips_; ++r) in_.row(n, g, h + r * p_.dh, columns_, pitch_, own.strips + r * strip);
     if (!patched_) return split_numbers(own.strips, row_, to, part_);
-    for (int64_t w = 0; w < s_.ow; ++w) {
-      float* patch = own.patch + w * step_;
-      for (int64_t r = 0; r < strips_; ++r) patch = gather(own.strips + r * strip + w * p_.sw * pitch_, patch);
-      for (; patch < own.patch + (w + 1) * step_; ++patch) *patch = 0;
-    }
-    split_numbers(own.patch, row_, to, part_);
+    for (int64_t w = 0; w < s_.ow; ++w) read_patch(own.strips + w * p_.sw * pitch_, to + w * step_);
   }
 
-  // The numbers of one row of the kernel; returns where the next belong.
-  float* gather(const float* from, float* to) const {
-    using V = Vec<float>;
-    const int64_t pieces = p_.dw == 1 && pitch_ == s_.cg ? 1 : p_.kw, length = p_.kw * s_.cg / pieces;
-    for (int64_t t = 0; t < pieces; ++t, from += p_.dw * pitch_, to += length) {
-      for (int64_t c = 0; c < length; c += V::width) V::store_n(to + c, V::load_n(from + c, length - c), length - c);
+  // Row h of a channels_last map whose channels are one group.
+  void read_in_place(int64_t n, int64_t h, uint16_t* to) const {
+    const int64_t left = least(p_.pw, columns_) * pitch_, some = least(p_.w * pitch_, row_ - left);
+    clear_parts(left, to, part_);
+    split_numbers(static_cast<const float*>(p_.x) + (n * p_.h + h) * p_.w * p_.c, some, to + left, part_);
+    clear_parts(row_ - left - some, to + left + some, part_);
+  }
+
+  // The numbers one output reads, from strips.
+  void read_patch(const float* from, uint16_t* to) const {
+    const Segment* segment = segments_;
+    for (int64_t j = 0; j < step_; j += kDepth) {
+      __m512 halves[2];
+      for (int half = 0; half < 2; ++half) {
+        __m512 sum = _mm512_setzero_ps();
+        for (const int64_t vector = j / 16 + half; segment->vector == vector; ++segment)
+          sum = _mm512_mask_loadu_ps(sum, segment->mask, from + segment->offset);
+        halves[half] = sum;
+      }
+      store_parts(halves[0], halves[1], to + j, part_, first_of_32(step_ - j));
     }
-    return to;
   }
 
   // Outputs of one panel for the tiles [begin, end) of all images of the piece.
@@ -157,17 +190,22 @@ class Split {
                 const Own& own) const {
     const int64_t first = panel * kPanel, wide = least(kPanel, s_.blocks - first), each = tiles_of(piece);
     const int64_t k = first * 16, lanes = least(wide * 16, s_.kg - k), pitch = wide * 16, output = blocks_ * kParts * kTile;
-    const Weights w{static_cast<const uint16_t*>(p_.packed) + (g * s_.blocks + first) * output, output};
-    const int64_t chains = ceil_div(blocks_, kChain);
+    const uint16_t* u = static_cast<const uint16_t*>(p_.packed) + (g * s_.blocks + first) * output;
+    const int64_t chains = ceil_div(blocks_, kChain), rows = wide == 2 ? 2 : 4;
+    // The panel this thread will probably take next.
+    const int64_t panels_ahead = (pieces_.shared ? threads_ : 1) * kPanel * output;
     for (int64_t t = begin; t < end;) {
       const int64_t image = t / each, tile = t % each;
-      const int64_t count = least(least(kGroup, end - t), each - tile), q = tile * kTileRows;
+      const int64_t count = least(least(kGroup, end - t), each - tile), q = tile * kTileRows, passes = ceil_div(count, rows);
       for (int64_t chain = 0; chain < chains; ++chain) {
         const int64_t from = blocks_ * chain / chains, to = blocks_ * (chain + 1) / chains;
-        for (int64_t j = 0; j < count; j += 2) {
+        // The next weights come a part at a time while these are used; a second group finds them in the cache.
+        const uint16_t* next = to < blocks_ ? u + to * kParts * kTile : t + count < end ? u : u + panels_ahead;
+        const int64_t lines = t == begin || to == blocks_ ? ceil_div(kBlockLines, passes) : 0;
+        for (int64_t j = 0; j < count; j += rows) {
           const Pixels x{planes + image * image_ + (q + j * kTileRows) * step_, step_, part_, offsets_};
-          float* sums = own.sums + j * kTileRows * pitch;
-          product(least(2, count - j), wide)(x, w, from, to, chain > 0, sums, pitch);
+          const Weights w{u, output, next + j / rows * (to - from) * lines * 32, lines};
+          product(least(rows, count - j), wide)(x, w, from, to, chain > 0, own.sums + j * kTileRows * pitch, pitch);
         }
       }
       const int64_t wanted = least(count * kTileRows, positions_of(piece) - q);
@@ -178,8 +216,9 @@ class Split {
 
   using Run = void(const Pixels&, const Weights&, int64_t, int64_t, bool, float*, int64_t);
   static Run* product(int64_t rows, int64_t columns) {
-    if (rows == 2) return columns == 2 ? &TileProduct<2, 2>::run : &TileProduct<2, 1>::run;
-    return columns == 2 ? &TileProduct<1, 2>::run : &TileProduct<1, 1>::run;
+    constexpr Run* one[] = {tile_product<1, 1>, tile_product<2, 1>, tile_product<3, 1>, tile_product<4, 1>};
+    if (columns == 1) return one[rows - 1];
+    return rows == 1 ? tile_product<1, 2> : tile_product<2, 2>;
   }
 
   const DirectParams& p_;
@@ -196,6 +235,7 @@ class Split {
   int64_t strips_, panels_;
   DirectPieces pieces_{p_, s_, 1, 1, 1};
   int32_t* offsets_;
+  Segment* segments_;
   uint16_t* shared_;
   Own own_;
   size_t own_bytes_, bytes_;

@@ -14,21 +14,33 @@ static inline __m512 widened(__m512bh x, int half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
 }
 
-// to[0 .. n), to[apart ..), to[2 apart ..) = the parts of `from`.
+// to[0 .. 32), to[apart ..), to[2 apart ..) = the parts of a and b, where `mask` says so.
+static inline void store_parts(__m512 a, __m512 b, uint16_t* to, int64_t apart, __mmask32 mask) {
+  for (int part = 0; part < kParts; ++part) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
+    _mm512_mask_storeu_epi16(to + part * apart, mask, reinterpret_cast<__m512i>(rounded));
+    if (part + 1 == kParts) break;
+    a = _mm512_sub_ps(a, widened(rounded, 0));
+    b = _mm512_sub_ps(b, widened(rounded, 1));
+  }
+}
+
+static inline __mmask32 first_of_32(int64_t n) { return n < 32 ? (__mmask32(1) << n) - 1 : ~__mmask32(0); }
+
+// The parts of n numbers side by side.
 static inline void split_numbers(const float* from, int64_t n, uint16_t* to, int64_t apart) {
   using V = Vec<float>;
-  for (int64_t j = 0; j < n; j += kDepth) {
-    const int64_t left = n - j;
-    const __mmask32 mask = left < kDepth ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
-    __m512 a = V::load_n(from + j, left), b = left > 16 ? V::load_n(from + j + 16, left - 16) : V::zero();
-    for (int part = 0; part < kParts; ++part) {
-      const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
-      _mm512_mask_storeu_epi16(to + part * apart + j, mask, reinterpret_cast<__m512i>(rounded));
-      if (part + 1 == kParts) break;
-      a = _mm512_sub_ps(a, widened(rounded, 0));
-      b = _mm512_sub_ps(b, widened(rounded, 1));
-    }
-  }
+  int64_t j = 0;
+  for (; j + kDepth <= n; j += kDepth)
+    store_parts(V::load(from + j), V::load(from + j + 16), to + j, apart, ~__mmask32(0));
+  if (j == n) return;
+  const int64_t left = n - j;
+  const __m512 b = left > 16 ? V::load_n(from + j + 16, left - 16) : V::zero();
+  store_parts(V::load_n(from + j, left), b, to + j, apart, first_of_32(left));
+}
+
+static inline void clear_parts(int64_t n, uint16_t* to, int64_t apart) {
+  for (int part = 0; part < kParts; ++part) std::memset(to + part * apart, 0, static_cast<size_t>(n) * 2);
 }
 
 // One operand of a product: where block b of a part lies for tiles of 16 pixels, or of 16 outputs.
@@ -37,24 +49,35 @@ struct Pixels {
   int64_t step, part;      // elements from pixel to pixel, from part to part
   const int32_t* offsets;  // of a block, in elements
 };
+// `ahead`: weights wanted later; `lines` of 64 bytes of each block of outputs are asked for with every block of products.
 struct Weights {
-  const uint16_t* at;     // [blocks][3][512]
-  int64_t output_block;   // elements from 16 outputs to the next
+  const uint16_t* at;    // [blocks][3][512]
+  int64_t output_block;  // elements from 16 outputs to the next
+  const uint16_t* ahead;
+  int64_t lines;
+
+  template <int kColumns>
+  void ask(int64_t block) const {
+    const uint16_t* from = ahead + block * lines * 32;
+    for (int64_t line = 0; line < lines; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + line * 32), _MM_HINT_T1);
+      if constexpr (kColumns > 1) _mm_prefetch(reinterpret_cast<const char*>(from + output_block + line * 32), _MM_HINT_T1);
+    }
+  }
 };
 
-// kRows x kColumns tiles of sums. A sum takes only one product in 52 cycles, the unit makes one in 16: a single column
-// deals its products to two sets of sums. One row of two columns does not, to give the bits that two rows give.
+// kRows x kColumns tiles of sums, each of which takes its products in the same order whatever kRows is.
 template <int kRows, int kColumns>
-struct TileProduct {
-  static constexpr int kTiles = kRows * kColumns, kSets = 3 - kColumns;
+struct TileProduct;
 
-  template <int kSet>
+// Two columns: pixels in tiles 4 and 5, weights in 6 and 7; one operand changes from product to product.
+template <int kRows>
+struct TileProduct<kRows, 2> {
   static void multiply() {
-    constexpr int first = kSet % kSets * kTiles;
-    add_product<first, 4, 6>();
-    if constexpr (kColumns > 1) add_product<first + 1, 4, 7>();
-    if constexpr (kRows > 1) add_product<first + kColumns, 5, 6>();
-    if constexpr (kRows > 1 && kColumns > 1) add_product<first + 3, 5, 7>();
+    add_product<0, 4, 6>();
+    add_product<1, 4, 7>();
+    if constexpr (kRows > 1) add_product<2, 5, 6>();
+    if constexpr (kRows > 1) add_product<3, 5, 7>();
   }
 
   static void left(const uint16_t* at, int64_t step) {
@@ -64,67 +87,86 @@ struct TileProduct {
 
   static void right(const uint16_t* at, int64_t output_block) {
     load_tile<6>(at, 64);
-    if constexpr (kColumns > 1) load_tile<7>(at + output_block, 64);
+    load_tile<7>(at + output_block, 64);
   }
 
-  // Blocks [begin, end) added up from zero.
-  static void sum_up(const Pixels& x, const Weights& w, int64_t begin, int64_t end) {
+  static void add_block(const uint16_t* high, int64_t step, int64_t part, const uint16_t* u, int64_t output_block) {
     constexpr int64_t tile = kTileRows * kDepth;
-    clear_tile<0>();
-    clear_tile<1>();
-    clear_tile<2>();
-    clear_tile<3>();
-    for (int64_t b = begin; b < end; ++b) {
-      const uint16_t* high = x.at + x.offsets[b];
-      const uint16_t* u = w.at + b * kParts * tile;
-      left(high, x.step);
-      right(u, w.output_block);
-      multiply<0>();
-      right(u + tile, w.output_block);
-      multiply<1>();
-      left(high + x.part, x.step);
-      multiply<2>();
-      right(u, w.output_block);
-      multiply<3>();
-      left(high + 2 * x.part, x.step);
-      multiply<4>();
-      left(high, x.step);
-      right(u + 2 * tile, w.output_block);
-      multiply<5>();
-    }
-  }
-
-  // sums: rows `pitch` apart. `add`: to what is there.
-  static void run(const Pixels& x, const Weights& w, int64_t begin, int64_t end, bool add, float* sums, int64_t pitch) {
-    using V = Vec<float>;
-    sum_up(x, w, begin, end);
-    if (kSets == 1 && !add) return store(sums, pitch);
-    alignas(64) float scratch[4 * kTileRows * 16];
-    store_tile<0>(scratch, 64);
-    store_tile<1>(scratch + 256, 64);
-    store_tile<2>(scratch + 512, 64);
-    store_tile<3>(scratch + 768, 64);
-    for (int tile = 0; tile < kTiles; ++tile) {
-      float* to = sums + tile / kColumns * kTileRows * pitch + tile % kColumns * 16;
-      for (int row = 0; row < kTileRows; ++row, to += pitch) {
-        __m512 sum = V::load(scratch + tile * 256 + row * 16);
-        for (int set = 1; set < kSets; ++set)
-          sum = V::add(sum, V::load(scratch + (set * kTiles + tile) * 256 + row * 16));
-        V::store(to, add ? V::add(V::load(to), sum) : sum);
-      }
-    }
-  }
-
- private:
-  static void store(float* sums, int64_t pitch) {
-    store_tile<0>(sums, 4 * pitch);
-    store_tile<1>(sums + 16, 4 * pitch);
-    if constexpr (kRows > 1) {
-      store_tile<2>(sums + kTileRows * pitch, 4 * pitch);
-      store_tile<3>(sums + kTileRows * pitch + 16, 4 * pitch);
-    }
+    left(high + 2 * part, step);
+    right(u, output_block);
+    multiply();
+    left(high, step);
+    multiply();
+    right(u + 2 * tile, output_block);
+    multiply();
+    right(u + tile, output_block);
+    multiply();
+    left(high + part, step);
+    multiply();
+    right(u, output_block);
+    multiply();
   }
 };
+
+// One column: the weights in tiles 5 to 7, the pixels one after the other in 4.
+template <int kRows>
+struct TileProduct<kRows, 1> {
+  template <int kRow, int kWeights>
+  static void multiply(const uint16_t* at, int64_t step) {
+    load_tile<4>(at + kRow * kTileRows * step, 2 * step);
+    add_product<kRow, 4, 5>();
+    if constexpr (kWeights > 1) add_product<kRow, 4, 6>();
+    if constexpr (kWeights > 2) add_product<kRow, 4, 7>();
+  }
+
+  template <int kWeights>
+  static void all_rows(const uint16_t* at, int64_t step) {
+    multiply<0, kWeights>(at, step);
+    if constexpr (kRows > 1) multiply<1, kWeights>(at, step);
+    if constexpr (kRows > 2) multiply<2, kWeights>(at, step);
+    if constexpr (kRows > 3) multiply<3, kWeights>(at, step);
+  }
+
+  static void add_block(const uint16_t* high, int64_t step, int64_t part, const uint16_t* u, int64_t) {
+    constexpr int64_t tile = kTileRows * kDepth;
+    load_tile<5>(u, 64);
+    load_tile<6>(u + tile, 64);
+    load_tile<7>(u + 2 * tile, 64);
+    all_rows<3>(high, step);
+    all_rows<2>(high + part, step);
+    all_rows<1>(high + 2 * part, step);
+  }
+};
+
+// sums (rows `pitch` apart) of the blocks [begin, end); `add`: to what is there.
+template <int kRows, int kColumns>
+static void tile_product(const Pixels& x, const Weights& w, int64_t begin, int64_t end, bool add, float* sums,
+                         int64_t pitch) {
+  using V = Vec<float>;
+  clear_tile<0>();
+  clear_tile<1>();
+  clear_tile<2>();
+  clear_tile<3>();
+  for (int64_t b = begin; b < end; ++b) {
+    w.ask<kColumns>(b - begin);
+    TileProduct<kRows, kColumns>::add_block(x.at + x.offsets[b], x.step, x.part,
+                                            w.at + b * kParts * kTileRows * kDepth, w.output_block);
+  }
+  alignas(64) float scratch[4 * kTileRows * 16];
+  constexpr int kTiles = kRows * kColumns;
+  const auto place = [=](int tile) { return sums + tile / kColumns * kTileRows * pitch + tile % kColumns * 16; };
+  const int64_t row = add ? 64 : 4 * pitch;
+  store_tile<0>(add ? scratch : place(0), row);
+  if constexpr (kTiles > 1) store_tile<1>(add ? scratch + 256 : place(1), row);
+  if constexpr (kTiles > 2) store_tile<2>(add ? scratch + 512 : place(2), row);
+  if constexpr (kTiles > 3) store_tile<3>(add ? scratch + 768 : place(3), row);
+  if (!add) return;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    float* to = place(tile);
+    for (int j = 0; j < kTileRows; ++j, to += pitch)
+      V::store(to, V::add(V::load(to), V::load(scratch + tile * 256 + j * 16)));
+  }
+}
 
 }  // namespace amx
 }  // namespace repkern

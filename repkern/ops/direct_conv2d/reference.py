@@ -24,11 +24,18 @@ def direct_pack_weight(weight: Tensor, groups: int, method: int) -> Tensor:
     blocks = rows.new_zeros(weight.shape[0], runs, len(starts), DEPTH)
     for number, (start, first, last) in enumerate(starts):
         blocks[:, :, number, first - start : last - start] = rows[:, :, first:last]
-    parts = parts_of(blocks).flatten(1, 2).unflatten(0, (groups, -1))  # [g, K/g, blocks, 32, 3]
+    taps_inside = _taps_inside(weight.shape[1], weight.shape[3])
+    blocks = blocks.unflatten(2, (taps_inside, -1)).permute(0, 3, 1, 2, 4)
+    parts = parts_of(blocks).flatten(1, 3).unflatten(0, (groups, -1))  # [g, K/g, blocks, 32, 3]
     outputs = parts.shape[1]
     padded = functional.pad(parts, (0, 0, 0, 0, 0, 0, 0, -outputs % LANES))
     tiles = padded.unflatten(1, (-1, LANES)).unflatten(4, (-1, 2))  # [g, K/16, 16, blocks, 16, 2, 3]
     return tiles.permute(0, 1, 3, 6, 4, 2, 5).contiguous()
+
+
+def _taps_inside(inputs_per_group: int, kernel_width: int) -> int:
+    """The taps of a row that have blocks of their own: all blocks of 32 channels come once per channel block then."""
+    return kernel_width if inputs_per_group % DEPTH == 0 else 1
 
 
 def _block_starts(length: int) -> list[tuple[int, int, int]]:
@@ -64,7 +71,8 @@ def unpack(packed: Tensor, out_channels: int, inputs_per_group: int, kernel_size
     wide = packed.float()
     sums = wide[:, :, :, 0] + wide[:, :, :, 1] + wide[:, :, :, 2]  # [g, K/16, blocks, 16, 16, 2]
     blocks = sums.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)[:, :outputs]
-    blocks = blocks.reshape(out_channels, runs, -1, DEPTH)
+    taps_inside = _taps_inside(inputs_per_group, kernel_size[1])
+    blocks = blocks.reshape(out_channels, -1, runs, taps_inside, DEPTH).permute(0, 2, 3, 1, 4).flatten(2, 3)
     pieces = [
         blocks[:, :, number, first - start : last - start]
         for number, (start, first, last) in enumerate(_block_starts(length))
