@@ -96,6 +96,8 @@ class InferenceConv2d(nn.Module):
         """[N, C, H, W] -> [N, K, H', W'], in the memory format of x."""
         if torch.compiler.is_compiling():
             return self._watched(x, residual)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"InferenceConv2d: the input must be a tensor, got {type(x).__name__}")
         if self.chooser is not None:
             return self.chooser(self, x, residual)
         if torch._C._get_tracing_state() is not None or not _is_ordinary((x, residual)):
