@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repkern.ops import compose_sequential as _compose_kernels
+from repkern.ops.compose_sequential import compose_sequential as _compose_kernels
 from repkern.ops.orepa_squeeze.prior import dct_filter as dct_kernel
 
 __all__ = [
