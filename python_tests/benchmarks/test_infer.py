@@ -169,6 +169,13 @@ class Inline:
         except Exception as problem:
             raise RuntimeError(f"inline: {problem}") from None
 
+    def ask(self, method, *args):
+        self.asked = method, args
+
+    def answer(self):
+        method, args = self.asked
+        return getattr(self, method)(*args)
+
     def call(self, method):
         return getattr(self.contestant, method)()
 

@@ -62,11 +62,11 @@ def run_conv(
 ) -> list[str]:
     """Hand every row to `on_row` as soon as it is measured. Returns [] (a wrong result of ours is a RuntimeError).
 
-    Per case: one row for each of our methods and formats, from a first set of samples: the public ops, and as a layer
-    of an optimized network calls them. The fastest of ours and torch in both formats are measured again, with ncnn:
-    rows "best: <method>" against the faster format of torch and against ncnn, and "dispatched: <method>", the fastest
-    of all in the first set, torch's own included, against torch. At the end medians over the cases, with verdicts when
-    all layers of `CONV_CASES` were measured. Nothing wrong is timed.
+    Per case one row for each of our methods and formats (cold: channels_last), from a first set of samples: the public
+    ops, and as a layer of an optimized network calls them. The fastest of ours and torch in both formats are measured
+    again, with ncnn: rows "best: <method>" against the faster format of torch and against ncnn, and "dispatched:
+    <method>", the fastest of all in the first set, torch's own included, against torch. At the end medians over the
+    cases, with verdicts when all layers of `CONV_CASES` were measured. Nothing wrong is timed.
     """
     settle_allocator()
     rows: list[Row] = []
@@ -164,7 +164,7 @@ class _Layer:
         calls = {}
         for method in methods:
             copies = [method.pack(self.weight.clone()) for _ in range(self.copies[mode])]
-            for form in method.formats:
+            for form in method.formats if mode == WARM or len(method.formats) == 1 else ("channels_last",):
                 bound = [method.bind(self.maps[form], packed) for packed in copies]
                 calls[f"{method.name} {form}"] = _workload(bound)
         return calls

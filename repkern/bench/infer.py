@@ -44,7 +44,7 @@ class InferOptions:
     device: str = "cpu"
     precision: str = "fp32"
     pairs: int = 15
-    min_sample_seconds: float = 0.1
+    min_sample_seconds: float = 0.05
     max_seconds: float = 30.0
     memory: bool = True
     width: float = 1.0
@@ -136,26 +136,18 @@ def _run_case(
     on_row: Callable[[Row], None],
     say: Callable[[str], None],
 ) -> list[str]:
-    say(f"{case.name}: {', '.join(remotes)} prepared and checked one after the other")
+    say(f"{case.name}: {', '.join(remotes)} prepared and checked")
     errors: dict[str, float] = {}
-    precision = case.options.precision
-    for name, remote in remotes.items():
-        allowed = (_ALLOWED if name == OURS else _RIVAL_ALLOWED)[precision]
-        try:
-            logits = remote.prepare(job)
-        except RuntimeError as problem:
-            if name == OURS:
-                raise
-            say(f"  {problem}: left out")
-            continue
+    for name, logits in _prepared(job, remotes, say).items():
         error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
-        if not error <= allowed:
-            message = f"{case.name}, {name}: logits are off by {error:.2e}, allowed {allowed:.0e}; not timed"
-            if name == OURS:
-                return [message]
-            say(f"  {message}")
+        allowed = (_ALLOWED if name == OURS else _RIVAL_ALLOWED)[case.options.precision]
+        if error <= allowed:
+            errors[name] = error
             continue
-        errors[name] = error
+        message = f"{case.name}, {name}: logits are off by {error:.2e}, allowed {allowed:.0e}; not timed"
+        if name == OURS:
+            return [message]
+        say(f"  {message}")
     say(f"  {OURS}: {remotes[OURS].call('chosen')}")
     samples = measure_pairs(
         {name: remotes[name].workload() for name in errors},
@@ -163,8 +155,22 @@ def _run_case(
         min_sample_seconds=case.options.min_sample_seconds,
         max_seconds=case.options.max_seconds,
     )
-    _rows(case, samples, errors[OURS] / _ALLOWED[precision], on_row, say)
+    _rows(case, samples, errors[OURS] / _ALLOWED[case.options.precision], on_row, say)
     return []
+
+
+def _prepared(job: Job, remotes: Mapping[str, Remote], say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    """Logits of all: rivals prepare side by side, ours alone behind them, because it chooses by timing."""
+    rivals = [name for name in remotes if name != OURS]
+    for name in rivals:
+        remotes[name].ask("prepare", job)
+    logits = {}
+    for name in rivals:
+        try:
+            logits[name] = remotes[name].answer()
+        except RuntimeError as problem:
+            say(f"  {problem}: left out")
+    return {OURS: remotes[OURS].prepare(job), **logits}
 
 
 def _rows(
@@ -204,10 +210,15 @@ def _measure_memory(case: _Case, job: Job, on_row: Callable[[Row], None], say: C
     if not rss.measured_here():
         say("  memory is not measured: this system does not let a process reset its high-water mark")
         return
-    found = {}
-    for name in (OURS, "eager", "eager-last"):
-        with Remote(name, "repkern.bench.rss:MemoryContestant", name, case.options.threads) as remote:
-            found[name] = remote.prepare(job)
+    names = (OURS, "eager", "eager-last")
+    with ExitStack() as stack:
+        remotes = {
+            name: stack.enter_context(Remote(name, "repkern.bench.rss:MemoryContestant", name, case.options.threads))
+            for name in names
+        }
+        for remote in remotes.values():  # nothing is timed, so side by side
+            remote.ask("prepare", job)
+        found = {name: remote.answer() for name, remote in remotes.items()}
     for at, what in enumerate(("peak", "peak of preparation")):
         ours = found[OURS][at]
         name = min(("eager", "eager-last"), key=lambda name: found[name][at])

@@ -125,6 +125,7 @@ def _compiled(memory_format: torch.memory_format) -> Callable[[Job, int], Callab
         torch._dynamo.reset()
         torch._inductor.config.freezing = True
         select_algorithm.PRINT_AUTOTUNE = False
+        torch._inductor.config.autotune_num_choices_displayed = 0
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # its own way to measure tensors
         model, images = _torch(job, memory_format)
         mode = "max-autotune" if job.device == "cuda" else "max-autotune-no-cudagraphs"

@@ -238,7 +238,7 @@ def infer(
         device=device,
         precision=precision,
         pairs=pairs or (3 if quick else 15),
-        min_sample_seconds=0.02 if quick else 0.1,
+        min_sample_seconds=0.02 if quick else 0.05,
         memory=memory and not quick,
     )
     _run(lambda on_row, say: run_infer(models, options, on_row, say), output, as_json, device)
