@@ -147,3 +147,55 @@ def test_junit_counts(tmp_path):
     assert counts[("cpu", "cpu")] == {"passed": 1, "failed": 1}
     assert counts[("simt", "cpu")] == {"skipped": 1}
     assert len(counts) == 2
+
+
+def inference_rows():
+    conv = dataclasses.replace(
+        OPS_ROW, kind="conv", op="conv3x3", case="c64_56_n1", what="best: F4 nchw", baseline="torch nchw", ms=0.25,
+        baseline_ms=0.5, ratio_p20=1.9, ratio=2.0, ratio_p80=2.1,
+    )  # fmt: skip
+    infer = dataclasses.replace(
+        conv, kind="infer", op="optimize_for_inference", case="repvgg_a0_n1_224", what="forward", backend="repkern",
+        baseline="ncnn", ms=5.0, baseline_ms=9.0, ratio=1.8,
+    )  # fmt: skip
+    accuracy = dataclasses.replace(
+        OPS_ROW, kind="accuracy", case="repvgg_a0_224", what="logits", backend="repkern", baseline="float64",
+        pairs=1000, error_over_bound=0.4, target="<= 1e-05 relative error of logits", verdict="ok",
+    )  # fmt: skip
+    return [
+        dataclasses.replace(conv, what="F4 nchw", ratio=9.9),
+        dataclasses.replace(conv, ratio=1.1),
+        conv,
+        dataclasses.replace(conv, baseline="ncnn", ratio=1.3),
+        dataclasses.replace(conv, what="dispatched: torch nchw", ratio=1.0),
+        dataclasses.replace(conv, mode="cold weights", what="best: F2 nchw", ratio=1.75),
+        dataclasses.replace(
+            conv, kind="conv-median", case="18 layers", what="best, median", baseline="torch",
+            target=">= 2.2 x torch", verdict="short by 9.1 %",
+        ),
+        infer,
+        dataclasses.replace(infer, baseline="eager", baseline_ms=12.0, ratio=2.4),
+        dataclasses.replace(
+            infer, what="forward, best rival", baseline="eager", target=">= 1.7 x best rival", verdict="old"
+        ),
+        dataclasses.replace(infer, what="forward, best rival", target=">= 1.7 x best rival", verdict="ok"),
+        dataclasses.replace(infer, kind="infer-memory", what="peak", extra_mib=80.0, limit_mib=60.0, ratio=1.333),
+        accuracy,
+        dataclasses.replace(accuracy, what="worst image", error_over_bound=0.9, target="", verdict=""),
+        dataclasses.replace(accuracy, what="top-1", ratio=100.0, error_over_bound=None, target=">= 100 % of classes"),
+    ]  # fmt: skip
+
+
+def test_tables_of_layers_networks_and_their_accuracy(tmp_path):
+    env = results.environment()
+    for row in inference_rows():
+        results.append_row(tmp_path / "machine.csv", env, row)
+    text = make_docs.documents(tmp_path)["performance.md"]
+    assert "| c64_56_n1 | float32 | F4 nchw | 0.25 ms | 0.5 ms | 2.00 (1.90–2.10) | 1.30 | 1.00 | 1.75 |  |  |" in text
+    assert "| case | dtype | repkern | ncnn | eager | memory |" in text
+    assert "| repvgg_a0_n1_224 | float32 | 5 ms | 9 ms, 1.80 | 12 ms, 2.40 | 80.0 of 60.0 MiB (1.33) |" in text
+    assert "| repvgg_a0_224 | repkern | 1000 | 4.0e-06 | 9.0e-06 | 100 % |" in text
+    assert "| 18 layers | best, median | cpu | >= 2.2 x torch | 2.00 | short by 9.1 % |" in text
+    assert "| repvgg_a0_n1_224 | forward, best rival | repkern | >= 1.7 x best rival | 1.80 | ok |" in text
+    assert "| old |" not in text  # another rival was the best one then
+    assert "9.9" not in text
