@@ -36,7 +36,17 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     isa = _native.native_build_info().get("isa_used", "no native code")
-    return f"{_cpu_name()} {isa} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{_cpu_name()} {isa} {torch.backends.cpu.get_cpu_capability()} {_build()}"
+
+
+@functools.lru_cache(maxsize=1)
+def _build() -> str:
+    """Changes when the kernels do, also without a new version number."""
+    if _native.why_missing("cpu") is not None:
+        return ""
+    file = _native.load("cpu").__file__
+    stat = Path(file).stat() if file else None
+    return f"{stat.st_size}.{int(stat.st_mtime)}" if stat else ""
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ from repkern.ops import (
     winograd_conv2d_packed,
     winograd_transform_weight,
 )
-from repkern.ops._select import why_not
+from repkern.ops._select import is_automatic, why_not
 from repkern.ops.winograd_conv2d import ACTIVATIONS, TILES
 
 __all__ = ["FORMS", "METHODS", "Call", "ConvSpec", "Form", "Maps", "Method", "activate", "torch_conv"]
@@ -192,10 +192,20 @@ def _winograd_why_not(spec: ConvSpec, maps: Maps) -> str | None:
 
 
 def _op_call(name: str, packed: Tensor, bias: Tensor | None, tail: tuple[Any, ...], x: Tensor, add: Any) -> Call:
-    """The op past the dispatcher, checked once for all inputs of this shape."""
-    op, wide = OPS[name], _wide(bias)
+    """The op past the dispatcher, checked once for all inputs of this shape; on the CPU most else is done once too."""
+    op = OPS[name]
+    # Names of their own for the memory: whoever exchanges `bias.data` must not pull it from under an unchecked call.
+    packed, wide = packed.detach(), None if bias is None else _wide(bias.detach())
     plan = op.check(x, packed, wide, add, *tail)
-    return lambda x, residual: op.run_checked(plan, x, packed, wide, residual, *tail)
+    prepared = op.prepare(plan, x, packed, wide, add, *tail)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        return op.run_checked(plan, x, packed, wide, residual, *tail)
+
+    if prepared is None:
+        return run
+    chosen = prepared
+    return lambda x, residual: chosen(x, residual) if is_automatic() else run(x, residual)
 
 
 def _winograd(tile: int, form: str) -> Method:

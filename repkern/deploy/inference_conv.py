@@ -202,12 +202,18 @@ class InferenceConv2d(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_calls": {}, "_opaque": None, "chooser": None}
+        """With plain weights: what is packed is of this machine and this version of repkern."""
+        buffers = self._buffers | {"plain": self.weight, "packed": None}
+        return self.__dict__ | {"_buffers": buffers, "_calls": {}, "_opaque": None, "chooser": None}
 
+    @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.form != "plain" and self.packed is None:
-            self._set_weight(self.weight)
+        weight = self.weight
+        here = Maps(self._dtype, weight.device, self._channels_last)
+        if METHODS[self.method].why_not(self.spec, here) is not None:
+            self.form, self.method, self.methods = "plain", "torch", {}
+        self._set_weight(weight)
 
     def extra_repr(self) -> str:
         """Geometry and method."""

@@ -91,6 +91,17 @@ class Op:
         """Check, choose a backend, run it: what the dispatcher ends up calling for tensors with data."""
         return self.run_checked(self.check(*args), *args)
 
+    def prepare(self, plan: Any, *args: Any) -> Callable[..., Any] | None:
+        """For arguments that `check` has seen, with its plan: what `prepare_<op>` of the native file gives on the CPU.
+
+        That is a function of the maps alone. None for another backend, and for ops without one.
+        """
+        if _select.choose(self.name, _first_tensor(args).device.type, self.backends) != "cpu":
+            return None
+        module = importlib.import_module(f"repkern.ops.{self.stem}.native")
+        function = getattr(module, f"prepare_{self.name}", None)
+        return None if function is None else function(Native(_native.load("cpu"), "cpu", "cpu"), plan, *args)
+
     def run_checked(self, plan: Any, *args: Any) -> Any:
         """As `run`, for arguments whose shapes, dtypes and devices `check` has seen, with the plan it gave."""
         backend = _select.choose(self.name, _first_tensor(args).device.type, self.backends)

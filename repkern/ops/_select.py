@@ -13,7 +13,7 @@ import torch
 
 from repkern import _native
 
-__all__ = ["BACKENDS", "available_backends", "choose", "use_backend", "why_not"]
+__all__ = ["BACKENDS", "available_backends", "choose", "is_automatic", "use_backend", "why_not"]
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "simt")
 
@@ -93,6 +93,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def is_automatic() -> bool:
+    """Whether no backend is forced."""
+    return _forced == "auto"
 
 
 def choose(op: str, device_type: str, written: tuple[str, ...] = BACKENDS) -> str:

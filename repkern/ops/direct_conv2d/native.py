@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from repkern.ops._library import Native
 from repkern.ops.direct_conv2d import reference
 from repkern.ops.direct_conv2d.contract import METHODS, is_split, map_format, output_size, packed_shape
 
-__all__ = ["direct_conv2d_packed", "direct_pack_weight"]
+__all__ = ["direct_conv2d_packed", "direct_pack_weight", "prepare_direct_conv2d_packed"]
 
 
 def direct_conv2d_packed(
@@ -62,3 +62,42 @@ def direct_pack_weight(native: Native, plan: None, weight: Tensor, groups: int, 
         weight.device,
     )
     return kept.copy_(packed)
+
+
+def prepare_direct_conv2d_packed(
+    native: Native,
+    plan: None,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """direct_conv2d_packed on the CPU as a function of maps like x and residual: what they have in common is done."""
+    form, dtype, device, split = map_format(x), x.dtype, x.device, is_split(packed)
+    if split and not native.module.direct_conv2d_splits_cpu():
+        tail = (out_channels, kernel_size, stride, padding, dilation, groups, activation)
+        return lambda x, residual: direct_conv2d_packed(native, plan, x, packed, bias, residual, *tail)
+    shape = (x.shape[0], out_channels, *output_size(x, kernel_size, stride, padding, dilation))
+    packed, bias = packed.contiguous(), bias if bias is None else bias.contiguous()
+    head = [*x.shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups]
+    head += [int(form is torch.channels_last), activation, int(split), DTYPE_CODE[dtype]]
+    run, workspace_of = native.function("direct_conv2d_packed"), native.workspace_size("direct_conv2d_packed")
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=form)
+        residual = residual if residual is None else residual.contiguous(memory_format=form)
+        out = _check.empty(shape, dtype, device, form)
+        fields = [*head, x.data_ptr(), packed.data_ptr(), _check.pointer(bias), _check.pointer(residual)]
+        fields.append(out.data_ptr())
+        threads = torch.get_num_threads()
+        run(fields, _check.workspace(workspace_of(fields, threads), device).data_ptr(), threads)
+        return out
+
+    return call

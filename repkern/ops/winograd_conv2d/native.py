@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from repkern.ops._library import Native
 from repkern.ops.winograd_conv2d.contract import is_transformed, map_format, output_size, packed_shape
 from repkern.ops.winograd_conv2d.reference import unpack_weight
 
-__all__ = ["winograd_conv2d_packed", "winograd_transform_weight"]
+__all__ = ["prepare_winograd_conv2d_packed", "winograd_conv2d_packed", "winograd_transform_weight"]
 
 
 def winograd_conv2d_packed(
@@ -62,3 +64,38 @@ def winograd_transform_weight(native: Native, plan: None, weight: Tensor, tile: 
     last = torch.get_num_threads() if native.suffix == "cpu" else native.stream(weight.device)
     native.function("winograd_transform_weight")(fields, last)
     return packed
+
+
+def prepare_winograd_conv2d_packed(
+    native: Native,
+    plan: None,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    tile: int,
+    padding: int,
+    groups: int,
+    activation: int,
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """winograd_conv2d_packed on the CPU as a function of maps like x and residual: what they have in common is done."""
+    form, dtype, device = map_format(x), x.dtype, x.device
+    shape = (x.shape[0], out_channels, *output_size(x, padding))
+    packed, bias = packed.contiguous(), bias if bias is None else bias.contiguous()
+    head = [*x.shape, out_channels, groups, padding, tile, packed.shape[2]]
+    head += [int(form is torch.channels_last), activation, DTYPE_CODE[dtype]]
+    run = native.function("winograd_conv2d_packed")
+    workspace_of = native.workspace_size("winograd_conv2d_packed")
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=form)
+        residual = residual if residual is None else residual.contiguous(memory_format=form)
+        out = _check.empty(shape, dtype, device, form)
+        fields = [*head, x.data_ptr(), packed.data_ptr(), _check.pointer(bias), _check.pointer(residual)]
+        fields.append(out.data_ptr())
+        threads = torch.get_num_threads()
+        run(fields, _check.workspace(workspace_of(fields, threads), device).data_ptr(), threads)
+        return out
+
+    return call
