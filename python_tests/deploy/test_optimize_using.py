@@ -381,6 +381,59 @@ def test_saved_models_load_in_a_new_process(model, prefer, tmp_path):
     assert result.stdout.strip() == "equal", result.stderr
 
 
+def test_files_hold_plain_weights_and_load_where_a_method_is_missing(model, prefer, monkeypatch):
+    prefer("direct split", "winograd F4")
+    fast = repkern.optimize_for_inference(model, x)
+    used = {module.method for module in fast.modules() if isinstance(module, InferenceConv2d)}
+    file = pickle.dumps(fast)
+    missing = {name: METHODS[name]._replace(why_not=lambda spec, maps: "not here") for name in used - {"torch"}}
+    monkeypatch.setattr("repkern.deploy.inference_conv.METHODS", METHODS | missing)
+    elsewhere = pickle.loads(file)
+    near(elsewhere(x), fast(x))
+    assert {module.method for module in elsewhere.modules() if isinstance(module, InferenceConv2d)} == {"torch"}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_forced_backends(model, prefer, backend):
+    """Also after calls were prepared for the one that was chosen."""
+    prefer("winograd F4", "direct fma")
+    fast = repkern.optimize_for_inference(model, x)
+    wanted = fast(x)
+    with repkern.use_backend(backend):
+        near(fast(x), wanted)
+    assert torch.equal(fast(x), wanted)
+
+
+def test_peak_memory(tmp_path, prefer):
+    """Of inference over the interpreter's own, against torch's, each in a process of its own (Linux counts it)."""
+    code = """
+import resource, sys, torch
+torch.set_num_threads(1)
+import repkern
+torch.conv2d(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = torch.load(sys.argv[1], weights_only=False)
+x = torch.ones(1, 512, 14, 14).contiguous(memory_format=torch.channels_last)
+with torch.inference_mode():
+    model(x)
+    model(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    prefer("winograd F4 transformed", "direct split")  # the largest forms: the limit decides
+    body = nn.Sequential(*[nn.Conv2d(512, 512, 3, padding=1) for _ in range(4)]).requires_grad_(False)
+    torch.save(body.to(memory_format=torch.channels_last), tmp_path / "torch.pt")
+    example = torch.ones(1, 512, 14, 14).contiguous(memory_format=torch.channels_last)
+    torch.save(repkern.optimize_for_inference(body, example, cache=False), tmp_path / "ours.pt")
+
+    def peak(name):
+        command = [sys.executable, "-c", code, str(tmp_path / f"{name}.pt")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return int(result.stdout)
+
+    assert peak("ours") <= 1.5 * peak("torch")
+
+
 def test_layers_show_what_they_are(fast):
     layer = next(module for module in fast.modules() if isinstance(module, InferenceConv2d))
     assert layer.method in repr(layer)
