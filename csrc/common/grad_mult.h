@@ -7,7 +7,7 @@
 
 namespace repkern {
 
-// The codes are fixed: repkern/ops/_grad_mult.py passes them as integers.
+// The codes are fixed: repkern/ops/_grad_mult.py has them as integers.
 enum class GradMultKind : int64_t { none = 0, scale = 1, centre = 2, dense = 3 };
 
 // Plain columns instead of structs, so that Python fills them with few calls: element [column][tensor].

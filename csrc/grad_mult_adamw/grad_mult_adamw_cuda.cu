@@ -7,12 +7,21 @@
 namespace repkern {
 namespace {
 
+// pow() needs a stack, and its exponent here is a count.
+__device__ __forceinline__ double power(double base, unsigned exponent) {
+  double answer = 1;
+  for (; exponent != 0; exponent >>= 1, base *= base) {
+    if (exponent & 1) answer *= base;
+  }
+  return answer;
+}
+
 // 1 / sqrt(1 - beta2^t) and lr / (1 - beta1^t), worked out by one thread of the block.
 __device__ __forceinline__ void bias_corrections(const GradMultTensor& t, const AdamwParams& p, double* shared) {
   if (threadIdx.x == 0) {
-    const double taken = static_cast<double>(*t.step) + 1;
-    shared[0] = 1 / sqrt(1 - pow(p.beta2, taken));
-    shared[1] = t.lr / (1 - pow(p.beta1, taken));
+    const unsigned taken = static_cast<unsigned>(*t.step) + 1;
+    shared[0] = 1 / sqrt(1 - power(p.beta2, taken));
+    shared[1] = t.lr / (1 - power(p.beta1, taken));
   }
   __syncthreads();
 }
@@ -29,7 +38,7 @@ __device__ __forceinline__ void count_steps(const GradMultTable& table, unsigned
 }
 
 template <class X, bool kAmsgrad>
-__global__ void __launch_bounds__(kGradMultThreads)
+__global__ void __launch_bounds__(kGradMultThreads, sizeof(X) == 8 ? 2 : 3)
     adamw_step(const GradMultTable table, const AdamwParams p, unsigned* arrived) {
   using T = typename GradMultStorage<X>::Type;
   RK_DYN_SMEM(double, shared);

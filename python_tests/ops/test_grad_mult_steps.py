@@ -263,12 +263,14 @@ def test_lists_of_different_lengths_are_refused(op, sample):
                 op(*broken)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize(("op", "sample"), SMALL)
 def test_sparse_gradients_and_shared_memory_are_refused(op, sample):
     args = cast(sample.args, torch.float32)
-    sparse = (args[0], [args[1][0].to_sparse(), args[1][1]], *args[2:])
-    with pytest.raises(TypeError, match=r"`grads\[0\]` must be dense.*no sparse gradients"), torch.no_grad():
-        op(*sparse)
+    for layout in (torch.sparse_coo, torch.sparse_csr):
+        grads = [args[1][0][0, 0].to_sparse(layout=layout), args[1][1]]
+        with pytest.raises(TypeError, match=r"`grads\[0\]` must be dense.*no sparse gradients"), torch.no_grad():
+            op(args[0], grads, *args[2:])
     twice = tuple([v[0], v[0]] if isinstance(v, list) and len(v) == 2 else v for v in args[:3])
     with pytest.raises(ValueError, match=r"params\[1\]` is in the list twice"), torch.no_grad():
         op(*twice, *args[3:])

@@ -262,6 +262,37 @@ for target, dtype, precision, side, step in (
 """
 
 
+COMPILE_STEPS = """
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from repkern.ops.grad_mult_adamw.triton_kernels import adamw_kernel
+from repkern.ops.grad_mult_sgd.triton_kernels import sgd_kernel
+
+OF = {"numbers": "*fp64", "constants": "*fp64", "chunks": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32"}
+
+
+def build(kernel, target, **constants):
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    of = OF | {"addresses": "*i64", "shapes": "*i64", "count": "i32"}
+    types = {n: "constexpr" if n in constants else of[n] for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compile(ASTSource(kernel, types, values), target=target, options={"num_warps": 4})
+
+
+for target, stored, wide, flag in (
+    (GPUTarget("cuda", 80, 32), tl.float16, tl.float32, True),
+    (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, False),
+    (GPUTarget("cuda", 90, 32), tl.float64, tl.float64, True),
+    (GPUTarget("hip", "gfx942", 64), tl.bfloat16, tl.float32, True),
+):
+    common = {"X": stored, "T": wide, "SCALED": flag, "CHECKED": flag, "BLOCK": 1024}
+    build(sgd_kernel, target, MOVES=True, NESTEROV=flag, **common)
+    build(adamw_kernel, target, AMSGRAD=flag, DECOUPLED=flag, MULTIPLY_UPDATE=flag, **common)
+"""
+
+
 COMPILE_NORMS = """
 import triton.language as tl
 from triton import compile
@@ -344,7 +375,9 @@ for target, dtype, wide, m, precision, last, tiles, step, more in (
 """
 
 
-@pytest.mark.parametrize("source", [COMPILE, COMPILE_NORMS, COMPILE_WINOGRAD], ids=["kernels", "norms", "winograd"])
+@pytest.mark.parametrize(
+    "source", [COMPILE, COMPILE_NORMS, COMPILE_STEPS, COMPILE_WINOGRAD], ids=["kernels", "norms", "steps", "winograd"]
+)
 def test_every_kernel_compiles_for_gpus(tmp_path, source):
     """Triton's compiler needs no GPU: what the interpreter accepts but a GPU cannot run fails here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from repkern.ops import _check
 from repkern.ops._check import DTYPE_CODE
-from repkern.ops._grad_mult import CENTRE, DENSE, NONE, Packed, Plan
+from repkern.ops._grad_mult import CENTRE, DENSE, NONE, Packed, Vectors
+from repkern.ops._grad_mult_plan import Plan
 from repkern.ops._library import Native
 
 __all__ = [
@@ -96,20 +97,28 @@ def moving_table(
     _refuse_shared(addresses[:count], plan)
     addresses += [0] * ((2 + _STATES) * count - len(addresses))
     addresses += _check.addresses(steps) if steps else [0] * count
-    multiplier, centre = [0] * count, [0] * count
-    of_multipliers = _check.addresses(packed.tensors)
-    for at, tensor in enumerate(plan.tensors):
-        if tensor.kind != NONE:
-            multiplier[at] = of_multipliers[tensor.slot]
-            if tensor.kind == CENTRE:
-                centre[at] = of_multipliers[tensor.slot + 1]
-    addresses += multiplier
-    addresses += centre
+    addresses += _multiplier_columns(plan, packed.tensors)
     addresses += first_step
     data = array("q", addresses).tobytes() + array("d", (*lr, *weight_decay, *packed.identity)).tobytes()
     if plan.device.type == "cpu":
         return _upload(data, torch.int64, plan.device)
     return _kept_while_captured(*[_moving_table(data, plan.device, stream)] * 2)
+
+
+def _multiplier_columns(plan: Plan, tensors: list[Tensor]) -> list[int]:
+    """The addresses of multipliers, then of centres."""
+    if isinstance(tensors, Vectors) and tensors.addresses is not None:
+        return tensors.addresses
+    multiplier, centre = [0] * len(plan.tensors), [0] * len(plan.tensors)
+    addresses = _check.addresses(tensors)
+    for at, tensor in enumerate(plan.tensors):
+        if tensor.kind != NONE:
+            multiplier[at] = addresses[tensor.slot]
+            if tensor.kind == CENTRE:
+                centre[at] = addresses[tensor.slot + 1]
+    if isinstance(tensors, Vectors):
+        tensors.addresses = multiplier + centre
+    return multiplier + centre
 
 
 @functools.lru_cache(maxsize=16)

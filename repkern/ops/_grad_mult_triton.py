@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repkern.ops._grad_mult import Packed, Plan, state_dtype
+from repkern.ops._grad_mult import Packed, state_dtype
+from repkern.ops._grad_mult_plan import Plan
 from repkern.ops._grad_mult_tables import constant_table, moving_table, number_view, static_table
 from repkern.ops._triton import TL_DTYPE, on_device
 

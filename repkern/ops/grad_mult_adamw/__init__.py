@@ -9,15 +9,14 @@ from torch import Tensor
 from repkern.ops._grad_mult import (
     Multiplier,
     Packed,
-    Plan,
     check_numbers,
     check_steps,
     pack_multipliers,
     per_tensor,
-    plan_for,
     require_flag,
     run_in_place,
 )
+from repkern.ops._grad_mult_plan import Plan, plan_for
 from repkern.ops._library import define_op
 
 __all__ = ["grad_mult_adamw_"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repkern.ops._grad_mult import Packed, Plan
+from repkern.ops._grad_mult import Packed
+from repkern.ops._grad_mult_plan import Plan
 from repkern.ops._grad_mult_tables import in_order, launches
 from repkern.ops._library import Native
 

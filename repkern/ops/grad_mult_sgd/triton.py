@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repkern.ops._grad_mult import Packed, plan_for
+from repkern.ops._grad_mult import Packed
+from repkern.ops._grad_mult_plan import plan_for
 from repkern.ops._grad_mult_tables import in_order
 from repkern.ops._grad_mult_triton import launch
 from repkern.ops.grad_mult_sgd.triton_kernels import sgd_kernel
