@@ -286,3 +286,24 @@ def test_nothing_is_imported_before_it_is_needed():
     code = "import sys, repkern.deploy, repkern.deploy.quantize; print('torchao' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_training_on_is_resumed_from_a_state_dict(tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    batch = images(1)[0]
+    trained = prepare_qat(network(RepVGGBlock), batch)
+    for _ in range(2):
+        trained(batch)
+    save_model(trained, str(tmp_path / "qat.safetensors"))
+    fresh = prepare_qat(network(RepVGGBlock, seed=4), batch)
+    load_model(fresh, str(tmp_path / "qat.safetensors"), strict=True)
+    for one, other in ((trained.eval(), fresh.eval()), (trained.train(), fresh.train())):
+        assert torch.equal(one(batch), other(batch))
+
+
+def test_one_image_at_a_time_calibrates_too():
+    model, batch = network(ConvNormAct), images(1, 6)[0]
+    whole, single = quantize(model, [batch]), quantize(model, batch.split(1))
+    assert single.info["calibration_images"] == 6
+    assert sqnr(whole(batch), single(batch)) > 20
