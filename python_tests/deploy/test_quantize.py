@@ -15,7 +15,7 @@ from repkern.deploy.quantize import (
     quantize,
 )
 from repkern.deploy.quantize_report import kernel_spread, sensitivity, sqnr
-from repkern.deploy.quantize_torchao import Scheme, missing_torchao
+from repkern.deploy.quantize_torchao import LEAST_SCALE, Scheme, missing_torchao
 from repkern.nn import ConvNormAct, QARepVGGBlock, RepVGGBlock
 
 pytestmark = pytest.mark.skipif(missing_torchao() is not None, reason="torchao is not installed")
@@ -300,6 +300,11 @@ def test_training_on_is_resumed_from_a_state_dict(tmp_path):
     load_model(fresh, str(tmp_path / "qat.safetensors"), strict=True)
     for one, other in ((trained.eval(), fresh.eval()), (trained.train(), fresh.train())):
         assert torch.equal(one(batch), other(batch))
+    least = {float(b) for name, b in fresh.named_buffers() if name.endswith(".eps")}
+    assert least == {LEAST_SCALE}
+    again = prepare_qat(network(RepVGGBlock, seed=5), batch)
+    assert again.load_state_dict(trained.state_dict()) == ([], [])
+    assert torch.equal(again.eval()(batch), trained.eval()(batch))
 
 
 def test_one_image_at_a_time_calibrates_too():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from repkern.deploy.export import _anonymous, _batches, _trace
-from repkern.deploy.quantize_torchao import Scheme, quiet, torchao_module, x86_quantizer
+from repkern.deploy.quantize_torchao import LEAST_SCALE, Scheme, quiet, torchao_module, x86_quantizer
 from repkern.models.files import replaced
 from repkern.nn import ConvNormAct, reparameterize
 from repkern.nn._surgery import replace_modules
@@ -181,6 +181,8 @@ class QATModule(nn.Module):
         self.graph = graph
         self.example = example
         self.scheme = scheme
+        self.register_state_dict_post_hook(_leave_out_least_scales)
+        self.register_load_state_dict_post_hook(_restore_least_scales)
         self.train()
 
     def forward(self, images: Tensor) -> Any:
@@ -198,6 +200,23 @@ class QATModule(nn.Module):
         self.graph.apply(fake.enable_observer if mode else fake.disable_observer)
         self.training = mode
         return self
+
+
+# An observer that is loaded from a file without torch's own metadata (safetensors) silently takes another least scale
+# than it was made with. Here it never changes, so no file needs it.
+_LEAST = ".activation_post_process.eps"
+
+
+def _leave_out_least_scales(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix) and name.endswith(_LEAST)]:
+        del state[name]
+
+
+def _restore_least_scales(module: nn.Module, keys: Any) -> None:
+    for name, buffer in module.named_buffers():
+        if name.endswith(_LEAST):
+            buffer.fill_(LEAST_SCALE)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(_LEAST)]
 
 
 def prepare_qat(model: nn.Module, example: Tensor, *, weights: str = "per_channel", weight_bits: int = 8) -> QATModule:

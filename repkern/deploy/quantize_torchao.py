@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["WEIGHTS", "Scheme", "missing_torchao", "quiet", "torchao_module", "x86_quantizer"]
+__all__ = ["LEAST_SCALE", "WEIGHTS", "Scheme", "missing_torchao", "quiet", "torchao_module", "x86_quantizer"]
 
 #: How weights share a scale: one for every output channel, or one for the whole kernel.
 WEIGHTS = ("per_channel", "per_tensor")
 _FLOW = "torchao.quantization.pt2e"
-_LEAST_SCALE = 2.0**-12  # the least scale that torchao's own configuration for x86 gives an observer
+#: What torchao's own configuration for x86 has.
+LEAST_SCALE = 2.0**-12
 _ACTIVATIONS = (0, 255)
 
 # Logger -> how the messages begin that say nothing about the model: kernels of other GPUs that this torch cannot load,
@@ -90,12 +91,12 @@ def _weight_observer(per_channel: bool, qat: bool) -> Any:
     observers = torchao_module("observer")
     if not qat:
         observer = observers.PerChannelMinMaxObserver if per_channel else observers.MinMaxObserver
-        return observer.with_args(eps=_LEAST_SCALE)
+        return observer.with_args(eps=LEAST_SCALE)
     # The fused fake quantization halves the range in integers and the conversion in floats, so the two disagree about
     # the scale: a little at 8 bits, by a sixth at 3. This one asks the observer, as the conversion does.
     fake = torchao_module("fake_quantize").FakeQuantize
     moving = observers.MovingAveragePerChannelMinMaxObserver if per_channel else observers.MovingAverageMinMaxObserver
-    return fake.with_args(observer=moving, eps=_LEAST_SCALE)
+    return fake.with_args(observer=moving, eps=LEAST_SCALE)
 
 
 @contextlib.contextmanager
