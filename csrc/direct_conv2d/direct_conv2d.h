@@ -16,7 +16,7 @@ struct DirectParams {
   int64_t split;       // f32 only: the form of `packed`, and arithmetic on the tile unit
   DType dtype;
   const void* x;         // [N, C, H, W]
-  const void* packed;    // [g, ceil(K/g / 16), kh kw, C/g, 16], or split: [g, ceil(K/g / 16), blocks, 3, 16, 16, 2] bf16
+  const void* packed;    // [g, ceil(K/g / 16), kh kw, C/g, 16]; split: [g, ceil(K/g / 16), blocks, 3, 16, 16, 2], bf16
   const void* bias;      // [K]; null for none
   const void* residual;  // [N, K, OH, OW]; null for none; added before the activation
   void* out;             // [N, K, OH, OW]

@@ -1,5 +1,5 @@
-// The convolution on the tile unit: padded rows in three bfloat16 parts, where 16 neighbouring outputs read 16 rows of a
-// tile a constant step apart.
+// The convolution on the tile unit: padded rows in three bfloat16 parts, where 16 neighbouring outputs read 16 rows of
+// a tile a constant step apart.
 #define REPKERN_ISA_NAMESPACE amx
 #include "common/simd/amx.h"
 //
@@ -189,14 +189,16 @@ class Split {
   void multiply(const DirectPiece& piece, int64_t g, int64_t panel, int64_t begin, int64_t end, const uint16_t* planes,
                 const Own& own) const {
     const int64_t first = panel * kPanel, wide = least(kPanel, s_.blocks - first), each = tiles_of(piece);
-    const int64_t k = first * 16, lanes = least(wide * 16, s_.kg - k), pitch = wide * 16, output = blocks_ * kParts * kTile;
+    const int64_t k = first * 16, lanes = least(wide * 16, s_.kg - k), pitch = wide * 16;
+    const int64_t output = blocks_ * kParts * kTile;
     const uint16_t* u = static_cast<const uint16_t*>(p_.packed) + (g * s_.blocks + first) * output;
     const int64_t chains = ceil_div(blocks_, kChain), rows = wide == 2 ? 2 : 4;
     // The panel this thread will probably take next.
     const int64_t panels_ahead = (pieces_.shared ? threads_ : 1) * kPanel * output;
     for (int64_t t = begin; t < end;) {
       const int64_t image = t / each, tile = t % each;
-      const int64_t count = least(least(kGroup, end - t), each - tile), q = tile * kTileRows, passes = ceil_div(count, rows);
+      const int64_t count = least(least(kGroup, end - t), each - tile), q = tile * kTileRows;
+      const int64_t passes = ceil_div(count, rows);
       for (int64_t chain = 0; chain < chains; ++chain) {
         const int64_t from = blocks_ * chain / chains, to = blocks_ * (chain + 1) / chains;
         // The next weights come a part at a time while these are used; a second group finds them in the cache.

@@ -3,6 +3,7 @@
 #pragma once
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "direct_conv2d/direct_conv2d_depthwise_body.h"
 #include "direct_conv2d/direct_conv2d_isa.h"
 #include "direct_conv2d/direct_conv2d_maps_body.h"
 
@@ -142,19 +143,25 @@ class Direct {
   size_t own_bytes_, bytes_;
 };
 
+template <class T>
+size_t workspace_of(const DirectParams& p, int threads) {
+  return Depthwise<T>::takes(p) ? Depthwise<T>(p, nullptr, threads).bytes() : Direct<T>(p, nullptr, threads).bytes();
+}
+
+template <class T>
+void conv_of(const DirectParams& p, void* workspace, int threads) {
+  if (Depthwise<T>::takes(p)) return Depthwise<T>(p, workspace, threads).run();
+  Direct<T>(p, workspace, threads).run();
+}
+
 }  // namespace
 
 size_t direct_workspace(const DirectParams& p, int threads) {
-  if (p.dtype == DType::f64) return Direct<double>(p, nullptr, threads).bytes();
-  return Direct<float>(p, nullptr, threads).bytes();
+  return p.dtype == DType::f64 ? workspace_of<double>(p, threads) : workspace_of<float>(p, threads);
 }
 
 Status direct_conv(const DirectParams& p, void* workspace, int threads) {
-  if (p.dtype == DType::f64) {
-    Direct<double>(p, workspace, threads).run();
-  } else {
-    Direct<float>(p, workspace, threads).run();
-  }
+  p.dtype == DType::f64 ? conv_of<double>(p, workspace, threads) : conv_of<float>(p, workspace, threads);
   return nullptr;
 }
 

@@ -49,7 +49,7 @@ struct Pixels {
   int64_t step, part;      // elements from pixel to pixel, from part to part
   const int32_t* offsets;  // of a block, in elements
 };
-// `ahead`: weights wanted later; `lines` of 64 bytes of each block of outputs are asked for with every block of products.
+// `ahead`: weights wanted later; `lines` of 64 bytes for each 16 outputs are asked for with every block of products.
 struct Weights {
   const uint16_t* at;    // [blocks][3][512]
   int64_t output_block;  // elements from 16 outputs to the next
@@ -59,9 +59,9 @@ struct Weights {
   template <int kColumns>
   void ask(int64_t block) const {
     const uint16_t* from = ahead + block * lines * 32;
-    for (int64_t line = 0; line < lines; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(from + line * 32), _MM_HINT_T1);
-      if constexpr (kColumns > 1) _mm_prefetch(reinterpret_cast<const char*>(from + output_block + line * 32), _MM_HINT_T1);
+    for (int64_t line = 0; line < lines; ++line, from += 32) {
+      __builtin_prefetch(from, 0, 2);
+      if constexpr (kColumns > 1) __builtin_prefetch(from + output_block, 0, 2);
     }
   }
 };
