@@ -93,7 +93,9 @@ def test_edges_of_blocks(channels, memory_format, target, method):
 
 
 @pytest.mark.parametrize(("target", "method"), RUNS)
-@pytest.mark.parametrize(("channels", "outputs", "groups"), [(24, 24, 24), (8, 32, 8), (40, 60, 2), (66, 99, 3)])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups"), [(24, 24, 24), (13, 13, 13), (8, 32, 8), (40, 60, 2), (66, 99, 3)]
+)
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish"])
 def test_both_formats_give_the_same_bits(channels, outputs, groups, activation, target, method):
     x, residual = maps(2, channels, 13, 10).float(), maps(2, outputs, 7, 5, seed=2).float()
@@ -147,6 +149,7 @@ def test_sliced_and_unaligned_inputs_give_the_same_bits(target, method):
 )
 @pytest.mark.parametrize(("images", "channels", "outputs", "size", "groups", "stride"), [
     (1, 40, 100, 7, 1, 1), (3, 32, 64, 30, 1, 2), (2, 24, 48, 13, 2, 1), (5, 3, 20, 41, 1, 2), (1, 16, 32, 90, 1, 1),
+    (2, 37, 37, 19, 37, 2),
 ])  # fmt: skip
 def test_the_result_depends_on_neither_threads_nor_batch(
     images, channels, outputs, size, groups, stride, target, method, threads
