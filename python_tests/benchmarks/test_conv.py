@@ -39,7 +39,7 @@ def test_every_method_has_a_row_per_layer_warm_and_cold(rows):
     for mode in (WARM, COLD):
         names = {row.what for row in rows if row.kind == "conv" and row.mode == mode and ": " not in row.what}
         assert names >= {"F2 channels_last", "F4 blocks channels_last", "direct fma channels_last"}
-        assert names >= {"layer winograd F4 channels_last", "layer direct fma channels_last"}
+        assert names >= {"layer F4 channels_last", "layer direct fma channels_last"}
         assert ("F2 nchw" in names) == (mode == WARM)
         assert not any(name.startswith("torch") for name in names)
         assert [row.case for row in of(rows, "best", mode)] == [case.name for case in CASES]
@@ -55,9 +55,9 @@ def test_dispatched_is_the_fastest_of_all_when_chosen(rows):
         first = {r.what: r for r in rows if (r.case, r.mode) == (row.case, WARM) and ": " not in r.what}
         chosen = row.what.partition(": ")[2]
         if chosen.startswith("torch"):
-            assert all(r.ms >= r.baseline_ms for r in first.values())
+            assert chosen == next(iter(first.values())).baseline
         else:
-            assert first[chosen].ms == min(r.ms for r in first.values()) <= first[chosen].baseline_ms
+            assert first[chosen].ms_p20 == min(r.ms_p20 for r in first.values())
 
 
 def test_medians_have_verdicts_only_over_all_layers(rows):

@@ -95,7 +95,8 @@ def layer_methods(x: Tensor, out_channels: int, how: str, tiles: Sequence[int]) 
             continue
         whose = "onednn" if name.startswith("onednn") else "ours"
         pack, bind = _layer(method, spec)
-        methods.append(Method(f"layer {name}", whose, method.tile or 1, pack, bind, ("channels_last",)))
+        name = f"layer {name.removeprefix('winograd ')}"
+        methods.append(Method(name, whose, method.tile or 1, pack, bind, ("channels_last",)))
     return methods
 
 
