@@ -101,7 +101,7 @@ def test_what_is_quantized_is_plain_and_does_what_was_measured(finished):
         torch.testing.assert_close(twin(data.test_images), models["repopt"](data.test_images))
 
 
-@pytest.mark.parametrize("stage", [SEARCH, "repopt", "qarepvgg"])
+@pytest.mark.parametrize("stage", [SEARCH, "repopt"])
 def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, stage):
     def callbacks(name):
         return [InterruptInEpoch(2)] if name == stage else []
