@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
+import io
 import os
 import warnings
 from collections import Counter
@@ -125,11 +127,13 @@ def _compiled(memory_format: torch.memory_format) -> Callable[[Job, int], Callab
         torch._dynamo.reset()
         torch._inductor.config.freezing = True
         select_algorithm.PRINT_AUTOTUNE = False
-        torch._inductor.config.autotune_num_choices_displayed = 0
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # its own way to measure tensors
         model, images = _torch(job, memory_format)
         mode = "max-autotune" if job.device == "cuda" else "max-autotune-no-cudagraphs"
-        return _Inference(torch.compile(model, mode=mode), images)
+        run = _Inference(torch.compile(model, mode=mode), images)
+        with contextlib.redirect_stderr(io.StringIO()):  # what it found while searching
+            run()
+        return run
 
     return make
 
