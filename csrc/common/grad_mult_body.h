@@ -1,6 +1,6 @@
 // The walk of an optimizer step over chunks of tensors, for one instruction set. M is never stored: along a stretch of
-// a row it is one number, or a number and a pattern that repeats with the kernel's positions; only vectors that cross
-// the end of a stretch are put together element by element.
+// a row it is one number, or a number and a pattern that repeats with the kernel's positions, and once a one is added;
+// only vectors that cross the end of a stretch are put together element by element.
 #pragma once
 #include <algorithm>
 
@@ -26,6 +26,7 @@ class ChannelWalk {
         period_(t.taps * t.inner),
         middle_(t.taps / 2 * t.inner),
         periodic_(central_ && t.inner == 1 && t.taps > 1 && t.taps <= kMostTaps) {
+    one_[W] = static_cast<T>(t.identity);
     if (!periodic_) return;
     for (int64_t j = 0; j < t.taps + W; ++j) pattern_[j] = static_cast<T>(j % t.taps == t.taps / 2);
   }
@@ -37,8 +38,11 @@ class ChannelWalk {
     r_ = begin % t_.row;
     for (int64_t at = begin; at < end;) {
       const int64_t stop = std::min(end, at + stretch());
-      at += periodic_ ? repeat(at, stop, update) : constant(at, stop, update);
-      if (at < end) at += mixed(at, std::min<int64_t>(W, end - at), update);
+      if (stop - at < W) {
+        at += mixed(at, std::min<int64_t>(W, end - at), update);
+      } else {
+        at += periodic_ ? repeat(at, stop, update) : constant(at, stop, update);
+      }
     }
   }
 
@@ -54,8 +58,13 @@ class ChannelWalk {
       const int64_t edge = q < middle_ ? middle_ : q < middle_ + t_.inner ? middle_ + t_.inner : period_ + middle_;
       stop = std::min(stop, start + edge);
     }
-    const int64_t one = diagonal();
-    return (r_ <= one && one < stop ? one : stop) - r_;
+    return stop - r_;
+  }
+
+  // M of the vector at position r, with the identity's one where the diagonal at `one` passes through it.
+  Reg with_one(Reg m, int64_t one, int64_t r) const {
+    const uint64_t lane = static_cast<uint64_t>(one - r);
+    return lane < W ? V::add(m, V::load(one_ + W - lane)) : m;
   }
 
   void advance(int64_t count) {
@@ -65,23 +74,21 @@ class ChannelWalk {
 
   template <class Update>
   int64_t constant(int64_t at, int64_t stop, const Update& update) {
-    T factor = 0;
-    if (at + W <= stop) factor = in_centre() ? scale_[o_] + centre_[o_] : scale_[o_];
-    const Reg m = V::set1(factor);
+    const Reg m = V::set1(in_centre() ? scale_[o_] + centre_[o_] : scale_[o_]);
+    const int64_t one = diagonal();
     int64_t done = 0;
-    for (; at + done + W <= stop; done += W) update.full(at + done, m);
+    for (; at + done + W <= stop; done += W) update.full(at + done, with_one(m, one, r_ + done));
     advance(done);
     return done;
   }
 
   template <class Update>
   int64_t repeat(int64_t at, int64_t stop, const Update& update) {
-    if (at + W > stop) return 0;
     const Reg scale = V::set1(scale_[o_]), centre = V::set1(centre_[o_]);
-    const int64_t step = W % t_.taps;
+    const int64_t step = W % t_.taps, one = diagonal();
     int64_t done = 0, phase = r_ % t_.taps;
     for (; at + done + W <= stop; done += W) {
-      update.full(at + done, V::fma(centre, V::load(pattern_ + phase), scale));
+      update.full(at + done, with_one(V::fma(centre, V::load(pattern_ + phase), scale), one, r_ + done));
       phase += step;
       if (phase >= t_.taps) phase -= t_.taps;
     }
@@ -114,6 +121,7 @@ class ChannelWalk {
   const int64_t period_, middle_;
   const bool periodic_;
   int64_t o_ = 0, r_ = 0;
+  T one_[2 * W] = {};
   T pattern_[kMostTaps + W];
 };
 

@@ -59,6 +59,7 @@ class Plan:
     device: torch.device
     # (list, parameter); lists count from 0: params, grads, state; -1 are multipliers
     reordered: tuple[tuple[int, int], ...]
+    size: int  # of all parameters together
 
 
 def _one_each(facts: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -159,7 +160,7 @@ def _plan(
             multiplier_facts[0][slot], multiplier_facts[1][slot], tensor.kind == DENSE and tensor.channels_last
         )
     ]
-    return Plan(tuple(tensors), devices[0], tuple(reordered))
+    return Plan(tuple(tensors), devices[0], tuple(reordered), sum(tensor.size for tensor in tensors))
 
 
 def _require(op: str, what: str, got: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any]) -> None:

@@ -33,7 +33,7 @@ ADDRESS_COLUMNS, NUMBER_COLUMNS, SHAPE_COLUMNS = 9, 3, 7
 _STATES = 3
 # Elements of a chunk. On the CPU a chunk is long enough for the prefetcher to follow its streams; on a GPU short
 # enough that the last blocks of a launch end together.
-CHUNK_SIZE = {"cpu": 32768, "cuda": 8192, "simt": 8192}
+CHUNK_SIZE = {"cpu": 131072, "cuda": 8192, "simt": 8192}
 _T = TypeVar("_T")
 # A replayed CUDA graph reads these again.
 _captured: list[Tensor] = []
@@ -192,6 +192,17 @@ def in_order(
             lists[number][at].copy_(moved[number][at])
 
 
+_SHORTEST, _FEWEST = 8192, 16
+
+
+def _chunk_size(backend: str, plan: Plan) -> int:
+    """Shorter for small networks, so that every thread has something to do."""
+    size, total = CHUNK_SIZE[backend], plan.size
+    while size > _SHORTEST and total < _FEWEST * size:
+        size //= 2
+    return size
+
+
 def launches(
     native: Native,
     plan: Plan,
@@ -207,7 +218,7 @@ def launches(
 
     `numbers`: learning rates, weight decays and marks of first steps. One call on the CPU, else one for each dtype.
     """
-    size, stream = CHUNK_SIZE[native.backend], native.stream(plan.device)
+    size, stream = _chunk_size(native.backend, plan), native.stream(plan.device)
     static = static_table(plan, size, stream)
     moving = moving_table(plan, lists, steps, packed, *numbers, stream)
     count = len(plan.tensors)
