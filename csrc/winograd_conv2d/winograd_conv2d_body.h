@@ -32,7 +32,7 @@ class Conv {
         space_(workspace) {
     const int64_t inputs = P * plan_.v_point;
     if (plan_.whole) shared_u_ = space_.template take<T>(p.groups * plan_.blocks * plan_.u_block);
-    if (plan_.shared) shared_v_ = space_.template take<T>(p.groups * inputs);
+    if (joint()) shared_v_ = space_.template take<T>(p.groups * inputs);
     const size_t before = space_.used();
     own_ = take_own();
     own_bytes_ = space_.used() - before;
@@ -56,6 +56,10 @@ class Conv {
           for (int64_t panel = 0; panel < plan_.panels; ++panel) multiply(range, g, panel, own.v, own);
         }
       });
+      return;
+    }
+    if (plan_.repeated) {
+      parallel_for(threads, threads, [&](int64_t share, int thread) { run_share(share, threads, own_of(thread)); });
       return;
     }
     for (int64_t unit = 0; unit < plan_.count; ++unit) {
@@ -84,6 +88,19 @@ class Conv {
     int64_t n, ty, tx, count;
   };
 
+  // Every `threads`-th panel, and the maps that it needs.
+  void run_share(int64_t share, int64_t threads, const Own& own) const {
+    for (int64_t unit = 0; unit < plan_.count; ++unit) {
+      const Range range = range_of(unit);
+      for (int64_t g = 0; g < p_.groups; ++g) {
+        const int64_t before = g * plan_.panels % threads, first = (share + threads - before) % threads;
+        if (first >= plan_.panels) continue;
+        read(range, g, 0, plan_.vectors, own.v, own);
+        for (int64_t panel = first; panel < plan_.panels; panel += threads) multiply(range, g, panel, own.v, own);
+      }
+    }
+  }
+
   Range range_of(int64_t unit) const {
     const int64_t first = unit * plan_.block;
     return {first, least(plan_.block, plan_.tiles - first)};
@@ -91,7 +108,7 @@ class Conv {
 
   Own take_own() {
     Own own;
-    own.v = plan_.shared ? nullptr : space_.template take<T>(P * plan_.v_point);
+    own.v = joint() ? nullptr : space_.template take<T>(P * plan_.v_point);
     own.m = space_.template take<T>(P * plan_.m_point);
     own.u = expands() ? space_.template take<T>(2 * plan_.panel * plan_.u_block) : nullptr;
     own.zeros = space_.template take<T>(plan_.vectors * W);
@@ -102,7 +119,7 @@ class Conv {
 
   Own own_of(int thread) const {
     const int64_t step = static_cast<int64_t>(own_bytes_ / sizeof(T)) * thread;
-    return {plan_.shared ? nullptr : own_.v + step,
+    return {joint() ? nullptr : own_.v + step,
             own_.m + step,
             expands() ? own_.u + step : nullptr,
             own_.zeros + step,
@@ -186,6 +203,9 @@ class Conv {
     }
     return cols;
   }
+
+  // Threads read what others have transformed.
+  bool joint() const { return plan_.shared && !plan_.repeated; }
 
   // Weights are transformed in every chain of every panel.
   bool expands() const { return plan_.raw && !plan_.whole; }

@@ -17,18 +17,19 @@ struct Plan {
   // are read once a block, so blocks are large then.
   static constexpr int64_t kBlockBytes = 1 << 19, kLargeBlockBytes = 1 << 21, kCachedWeightBytes = 1 << 20;
   static constexpr int64_t kMostTiles = 96;
-  // Fewer tiles a thread than this, and the threads divide the outputs of one block instead. It costs two barriers and a
-  // copy of what the others have transformed: 192 channels of 14x14, batch 8, took 2.45 ms shared and 1.45 ms apart.
-  static constexpr int64_t kSharedTiles = 32;
-  // Kernels that are transformed on the way: all at once where that takes no more than kWholeBytes; else kDepth channels
-  // of kKernelPanel blocks, twice, which leaves room for kKernelBlockBytes in the second cache.
+  // Fewer tiles a thread than this, and the threads divide the outputs of one block instead. Up to kRepeatingThreads
+  // transform all of its maps each: two barriers and reading what the others wrote take longer (192 channels of 14x14,
+  // batch 1, 2 threads: 0.36 and 0.23 ms).
+  static constexpr int64_t kSharedTiles = 32, kRepeatingThreads = 4;
+  // Kernels that are transformed on the way: all at once where that takes at most kWholeBytes; else kDepth channels of
+  // kKernelPanel blocks, twice, which leaves room for kKernelBlockBytes in the second cache.
   static constexpr int64_t kWholeBytes = 5 << 18, kDepth = 64, kKernelPanel = 2, kKernelBlockBytes = 5 << 18;
 
   int64_t oh, ow, rows, columns, tiles;  // of the output; tiles per column, per row, of all images
   int64_t cg, kg, vectors, blocks;       // channels per group; vectors of inputs, blocks of 16 outputs in a group
   int64_t block, count;                  // tiles in a block of tiles; how many blocks
   int64_t panels, panel;                 // panels of a group; most blocks of outputs in one
-  bool shared;                           // threads work on one block together
+  bool shared, repeated;                 // threads divide the outputs of one block; each transforms its maps
   bool raw, whole;                       // packed holds kernels; they are transformed all before the tiles
   int64_t depth;                         // most channels of a chain whose kernels are transformed at once
   int64_t v_row, v_point, m_point;       // elements from tile to tile, from point to point
@@ -63,6 +64,7 @@ struct Plan {
     const int64_t bytes = raw && !whole ? kKernelBlockBytes : large ? kLargeBlockBytes : kBlockBytes;
     const int64_t most = most_of(least(bytes / tile_bytes, kMostTiles), 12);
     shared = threads > 1 && tiles < kSharedTiles * threads && blocks * p.groups > 1;
+    repeated = shared && threads <= kRepeatingThreads;
     if (shared) {
       count = ceil_div(tiles, most);
       divide_outputs(p.groups, threads);

@@ -44,8 +44,8 @@ struct Polynomials {
   }
 };
 
-// G without its last row (0, 0, 1): `zero` is row 0, which has one entry; row[p] that of q_p; that of -q_p differs in the
-// sign of its middle entry.
+// G without its last row (0, 0, 1): `zero` is row 0, which has one entry; row[p] that of q_p; that of -q_p differs in
+// the sign of its middle entry.
 template <int M>
 struct FilterRows {
   static constexpr int H = M / 2;

@@ -130,12 +130,16 @@ struct Product {
     }
   }
 
+  static void run_chain(int64_t blocks, int64_t tiles, const Chain& chain, const T* v, const T* u, T* m) {
+    run_chain(blocks, tiles, chain, v, u, m, [] {});
+  }
+
   // u: `blocks` blocks [depth][16], u_block apart; v: rows v_row apart; m [tiles][blocks][16].
   static void run(int64_t blocks, int64_t tiles, int64_t depth, const T* v, int64_t v_row, const T* u, int64_t u_block,
                   T* m) {
     for (int64_t c = 0; c < depth; c += kChain) {
       const Chain chain{depth - c < kChain ? depth - c : kChain, v_row, u_block, c > 0};
-      run_chain(blocks, tiles, chain, v + c, u + c * kWinogradLanes, m, [] {});
+      run_chain(blocks, tiles, chain, v + c, u + c * kWinogradLanes, m);
     }
   }
 };

@@ -131,7 +131,7 @@ def test_sliced_and_unaligned_inputs_give_the_same_bits(target):
 
 @pytest.mark.parametrize("isa", [t for t in TARGETS if t.values[0].backend == "cpu"])
 @pytest.mark.parametrize(("images", "channels", "outputs", "size", "groups"), [
-    (1, 40, 100, 7, 1), (3, 32, 64, 30, 1), (1, 24, 48, 13, 2),
+    (1, 40, 100, 7, 1), (3, 32, 64, 30, 1), (1, 24, 48, 13, 2), (1, 21, 49, 7, 7), (1, 12, 120, 7, 3),
 ])  # fmt: skip
 def test_the_result_depends_on_neither_threads_nor_batch(images, channels, outputs, size, groups, isa, threads):
     x = maps(images, channels, size, size).float()
