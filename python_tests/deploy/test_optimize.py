@@ -258,3 +258,19 @@ def test_an_empty_batch(randomize, prefer):
     model = small_net(randomize)
     fast = repkern.optimize_for_inference(model, torch.randn(1, 3, 16, 16))
     assert fast(torch.empty(0, 3, 16, 16)).shape == (0, 5)
+
+
+def test_autocast_around_it(randomize, prefer):
+    prefer("winograd F4")
+    model, x = small_net(randomize), torch.randn(2, 3, 16, 16)
+    fast, wanted = repkern.optimize_for_inference(model, x), model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fast(x)
+    assert float((got.float() - wanted).abs().max()) <= 0.05 * float(wanted.abs().max())
+
+
+def test_vmap(randomize, prefer):
+    prefer("winograd F4")
+    model, x = small_net(randomize), torch.randn(2, 3, 16, 16)
+    fast = repkern.optimize_for_inference(model, x)
+    close(torch.func.vmap(fast)(x[:, None])[:, 0], model(x))

@@ -395,17 +395,3 @@ def test_noise_cannot_be_compared_and_nothing_is_exchanged():
     assert fast.report.notes[-1] == "nothing was exchanged"
     assert not [module for module in fast.modules() if isinstance(module, InferenceConv2d)]
     assert fast(maps()).shape == (2, 8, 12, 12)
-
-
-def test_autocast_around_it():
-    model = nn.Sequential(conv(), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval().requires_grad_(False)
-    fast, x = repkern.optimize_for_inference(model, maps(), cache=False), maps()
-    with torch.autocast("cpu", torch.bfloat16):
-        got = fast(x)
-    assert float((got.float() - model(x)).abs().max()) <= 0.05 * float(model(x).abs().max())
-
-
-def test_vmap():
-    model = nn.Sequential(conv(), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval().requires_grad_(False)
-    fast, x = repkern.optimize_for_inference(model, maps(), cache=False), maps()
-    same(torch.func.vmap(fast)(x[:, None])[:, 0], model(x))

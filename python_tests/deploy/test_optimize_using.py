@@ -14,7 +14,6 @@ from torch import nn
 
 import repkern
 from repkern.deploy import InferenceConv2d
-from repkern.deploy._cache import TimingCache, cache_file
 from repkern.deploy._methods import METHODS
 
 
@@ -309,62 +308,6 @@ def test_memory_is_kept_within_the_limit(model, prefer):
     assert "the fastest that `memory` allows" in {layer.why for layer in report.layers}
     assert "method" in str(report)
     json.dumps(report.as_json())
-
-
-def test_timing_for_real_and_the_cache(model, folder, monkeypatch):
-    made = repkern.optimize_for_inference(model, x)
-    assert all(seconds > 0 for layer in made.report.layers for seconds in layer.seconds.values())
-    entries = json.loads(cache_file().read_text())["seconds"]
-    assert cache_file().parent == folder
-    assert len(entries) == 3  # both units are alike
-
-    def never(calls, x):
-        raise AssertionError("what is known was timed again")
-
-    monkeypatch.setattr("repkern.deploy._choice.time_calls", never)
-    again = repkern.optimize_for_inference(model, x)
-    assert [layer.method for layer in again.report.layers] == [layer.method for layer in made.report.layers]
-    with pytest.raises(AssertionError, match="timed again"):
-        repkern.optimize_for_inference(model, x, cache=False)
-    with pytest.raises(AssertionError, match="timed again"):
-        repkern.optimize_for_inference(model, x[:1])
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"format": 1}', '{"format": 1, "seconds": {"a": {"torch": -1}}}', "\0"]
-)
-def test_a_broken_cache_is_ignored_and_replaced(model, prefer, folder, content):
-    prefer("winograd F4")
-    folder.mkdir()
-    cache_file().write_text(content)
-    with pytest.warns(UserWarning, match="is no cache of timings") as caught:
-        repkern.optimize_for_inference(model, x)
-    assert caught
-    assert len(json.loads(cache_file().read_text())["seconds"]) == 3
-
-
-def test_a_cache_of_another_version_is_left_alone_silently(model, prefer, folder):
-    prefer("winograd F4")
-    folder.mkdir()
-    cache_file().write_text('{"format": 2, "other": 1}')
-    repkern.optimize_for_inference(model, x)
-
-
-def test_a_cache_that_cannot_be_written(model, prefer, folder):
-    prefer("winograd F4")
-    folder.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="timings could not be kept"):
-        repkern.optimize_for_inference(model, x)
-
-
-def test_two_processes_add_to_one_cache():
-    one, other = TimingCache(), TimingCache()
-    one.put("a", {"torch": 1.0})
-    other.put("b", {"torch": 2.0})
-    one.save()
-    other.save()
-    assert TimingCache().get("a") == {"torch": 1.0}
-    assert TimingCache().get("b") == {"torch": 2.0}
 
 
 def test_saved_models_load_in_a_new_process(model, prefer, tmp_path):
