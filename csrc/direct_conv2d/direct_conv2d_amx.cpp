@@ -18,6 +18,8 @@ class Split {
   static constexpr int64_t kGroup = 32;            // tiles of pixels that pass by the weights of a chain together
   static constexpr int64_t kChain = 36;            // blocks; longer chains of sums lose accuracy
   static constexpr int64_t kPanel = 2;             // blocks of outputs side by side
+  // Up to so many threads on one piece each read the whole input: cheaper than rows from another core's cache.
+  static constexpr int kRepeatingThreads = 4;
   static constexpr int64_t kTile = kTileRows * kDepth, kBlockLines = kParts * kTile / 32;
 
  public:
@@ -34,9 +36,11 @@ class Split {
     const int64_t planes = pieces_.images * image_, behind = kTileRows * step_ + kDepth;
     offsets_ = space_.take<int32_t>(blocks_);
     segments_ = space_.take<Segment>(patched_ ? most_segments() : 0);
-    shared_ = space_.take<uint16_t>(pieces_.shared ? planes * p.groups + behind : 0);
+    repeated_ = pieces_.shared && threads <= kRepeatingThreads;
+    group_ = pieces_.shared ? planes : 0;
+    shared_ = space_.take<uint16_t>(pieces_.shared && !repeated_ ? planes * p.groups + behind : 0);
     const size_t before = space_.used();
-    own_.planes = space_.take<uint16_t>(pieces_.shared ? 0 : planes + behind);
+    own_.planes = space_.take<uint16_t>(repeated_ ? planes * p.groups + behind : pieces_.shared ? 0 : planes + behind);
     own_.sums = space_.take<float>(kGroup * kTileRows * kPanel * 16);
     own_.strips = space_.take<float>(strips_ * columns_ * pitch_ + 16);
     own_bytes_ = space_.used() - before;
@@ -129,19 +133,32 @@ class Split {
   }
 
   void run_shared(const DirectPiece& piece) {
-    const int64_t group = pieces_.images * image_, lines = piece.images * lines_of(piece);
-    parallel_for(p_.groups * lines, threads_, [&](int64_t unit, int thread) {
-      read(piece, unit / lines, unit % lines, shared_ + unit / lines * group, own_of(thread));
-    });
+    const int64_t lines = piece.images * lines_of(piece), all_lines = p_.groups * lines;
+    const auto read_line = [&](int64_t unit, uint16_t* planes, int thread) {
+      read(piece, unit / lines, unit % lines, planes + unit / lines * group_, own_of(thread));
+    };
+    if (!repeated_)
+      parallel_for(all_lines, threads_, [&](int64_t unit, int thread) { read_line(unit, shared_, thread); });
     const int64_t tiles = tiles_of(piece) * piece.images, units = p_.groups * panels_;
     // Panels read different weights; tiles are divided where panels alone leave threads without work.
     const int64_t wanted = units % threads_ == 0 ? 1 : ceil_div(4 * threads_, units);
     const int64_t parts = most_of(least(wanted, tiles / 4), 1), part = ceil_div(ceil_div(tiles, parts), 2) * 2;
-    parallel_for(units * parts, threads_, [&](int64_t unit, int thread) {
+    const auto multiply_unit = [&](int64_t unit, const uint16_t* planes, int thread) {
       const int64_t t = unit % parts * part, g = unit / parts / panels_;
       if (t >= tiles) return;
       const TileUse use;
-      multiply(piece, g, unit / parts % panels_, t, least(t + part, tiles), shared_ + g * group, own_of(thread));
+      multiply(piece, g, unit / parts % panels_, t, least(t + part, tiles), planes + g * group_, own_of(thread));
+    };
+    if (!repeated_) {
+      return parallel_for(units * parts, threads_,
+                          [&](int64_t unit, int thread) { multiply_unit(unit, shared_, thread); });
+    }
+    int64_t next = 0;
+    parallel_for(threads_, threads_, [&](int64_t, int thread) {
+      uint16_t* planes = own_of(thread).planes;
+      for (int64_t unit = 0; unit < all_lines; ++unit) read_line(unit, planes, thread);
+      for (int64_t unit; (unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units * parts;)
+        multiply_unit(unit, planes, thread);
     });
   }
 
@@ -235,6 +252,8 @@ class Split {
   int64_t step_, width_, row_;                     // elements from output to output; outputs and elements of a row
   int64_t reach_, phases_, plane_, part_, image_;  // rows a kernel reaches down; planes; elements of each
   int64_t strips_, panels_;
+  int64_t group_;  // elements of a group's planes where threads share a piece
+  bool repeated_;
   DirectPieces pieces_{p_, s_, 1, 1, 1};
   int32_t* offsets_;
   Segment* segments_;
