@@ -53,6 +53,12 @@ ACCURACY_HEAD = """### Accuracy of deployed networks
 Random images through networks with calibrated random weights, against the same weights in float64: relative L2 errors,
 and how many images keep their top-1 class (`python benchmarks/accuracy.py`).
 """
+OPTIMIZER_HEAD = """### RepOptimizers
+
+A step of the optimizer alone, multipliers on every convolution, against torch's fused optimizers without any and
+against the released formulation; and a training step of a plain network with RepSGD against the RepVGG it replaces, in
+torch modules ("plain RepVGG") and in our blocks.
+"""
 EQUIVALENCE_HEAD = """### Training form and deployed form
 
 Largest difference of the outputs of any network at full width, relative to the largest output; the bounds are 1e-10 in
@@ -161,6 +167,18 @@ def blocks_section(rows: list[Row]) -> str:
     return f"{BLOCKS_HEAD}\n{table(head, lines)}"
 
 
+def optimizer_section(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["kind"] in ("optim", "repopt") and row["baseline"]]
+    found = newest(rows, lambda r: (r["case"], r["what"], r["device"], r["mode"], r["baseline"]))
+    lines = [
+        [r["case"], r["what"] if r["mode"] == "eager" else f"{r['what']}, {r['mode']}", milliseconds(r["ms"]),
+         r["baseline"], milliseconds(r["baseline_ms"]), ratio(r)]
+        for r in found.values()
+    ]  # fmt: skip
+    head = ["case", "step", "time", "against", "its time", "x faster"]
+    return f"{OPTIMIZER_HEAD}\n{table(head, lines)}" if lines else ""
+
+
 def equivalence_section(rows: list[Row]) -> str:
     rows = [row for row in rows if row["kind"] == "equivalence"]
     if not rows:
@@ -203,14 +221,13 @@ def conv_section(rows: list[Row]) -> str:
         if warm is None:
             continue
         rest = [("best", "eager", "ncnn"), ("dispatched", "eager", "torch")]
-        rest += [("best", "cold weights", "torch"), ("best", "cold weights", "ncnn")]
-        rest.append(("dispatched", "cold weights", "torch"))
+        rest += [("best", "cold weights", "torch"), ("dispatched", "cold weights", "torch")]
         times = [milliseconds(warm["ms"]), milliseconds(warm["baseline_ms"]), ratio(warm)]
         lines.append(
             [case, dtype, warm["what"].partition(": ")[2], *times, *(short_ratio(of.get(key)) for key in rest)]
         )
     head = ["layer", "dtype", "method", "time", "torch", "x torch", "x ncnn", "dispatched x torch"]
-    return f"{CONV_HEAD}\n{table([*head, 'cold: x torch', 'x ncnn', 'dispatched'], lines)}"
+    return f"{CONV_HEAD}\n{table([*head, 'cold: x torch', 'dispatched'], lines)}"
 
 
 def role(row: Row) -> tuple[str, ...]:
@@ -301,7 +318,7 @@ def performance(rows: list[Row]) -> str:
         text += f"last row {last['date'][:10]}, commit {last['commit'] or 'unknown'}.\n\n"
         sections = (
             targets_section, conv_section, infer_section, accuracy_section, ops_section, train_section, blocks_section,
-            equivalence_section,
+            optimizer_section, equivalence_section,
         )  # fmt: skip
         text += "\n".join(filter(None, (section(here) for section in sections)))
     if not any(row["device"] == "cuda" for row in rows):

@@ -191,7 +191,7 @@ def test_tables_of_layers_networks_and_their_accuracy(tmp_path):
     for row in inference_rows():
         results.append_row(tmp_path / "machine.csv", env, row)
     text = make_docs.documents(tmp_path)["performance.md"]
-    assert "| c64_56_n1 | float32 | F4 nchw | 0.25 ms | 0.5 ms | 2.00 (1.90–2.10) | 1.30 | 1.00 | 1.75 |  |  |" in text
+    assert "| c64_56_n1 | float32 | F4 nchw | 0.25 ms | 0.5 ms | 2.00 (1.90–2.10) | 1.30 | 1.00 | 1.75 |  |" in text
     assert "| case | dtype | repkern | ncnn | eager | memory |" in text
     assert "| repvgg_a0_n1_224 | float32 | 5 ms | 9 ms, 1.80 | 12 ms, 2.40 | 80.0 of 60.0 MiB (1.33) |" in text
     assert "| repvgg_a0_224 | repkern | 1000 | 4.0e-06 | 9.0e-06 | 100 % |" in text

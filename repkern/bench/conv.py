@@ -65,7 +65,7 @@ def run_conv(
 
     Per case one row for each of our methods and formats (cold: channels_last), from a first set of samples: the public
     ops, and as a layer of an optimized network calls them. The fastest of ours and torch in both formats are measured
-    again, with ncnn: rows "best: <method>" against the faster format of torch and against ncnn, and "dispatched:
+    again, warm with ncnn: rows "best: <method>" against the faster format of torch and against ncnn, and "dispatched:
     <method>", the fastest of all in the first set, torch's own included, against torch. At the end medians over the
     cases, with verdicts when all layers of `CONV_CASES` were measured. Nothing wrong is timed.
     """
@@ -152,7 +152,8 @@ class _Layer:
         for name in (*ours, *calls["onednn"]):
             on_row(self._row(name, mode, baseline, first[name], first[baseline]))
         finalists = {best: ours[best], **torchs, dispatched: everything[dispatched]}
-        if self.remote is not None and self._prepare_ncnn(self.remote, mode):
+        # Many small networks of ncnn in turn allocate more than they compute: 16 times slower, which says nothing.
+        if mode == WARM and self.remote is not None and self._prepare_ncnn(self.remote, mode):
             finalists["ncnn"] = self.remote.workload()
         final = self._time(finalists, self.options.pairs)
         baseline = _fastest(final, torchs)

@@ -79,7 +79,8 @@ def measure_pairs(
     """Seconds a run, `pairs` samples of each workload, interleaved A B A B.
 
     A sample repeats its workload until it lasts `min_sample_seconds`. What would take longer than `max_seconds` gets
-    fewer pairs, but five at least (or `pairs`, if that is less). CUDA times come from events.
+    fewer pairs, but five at least (or `pairs`, if that is less). CUDA times come from events. Beside workloads of other
+    processes, which run once before they are timed, those of this one do so too: its threads and caches went cold.
     """
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
@@ -88,12 +89,15 @@ def measure_pairs(
     round_seconds = sum(inner[name] * seconds for name, seconds in once.items())
     pairs = min(pairs, max(_FEWEST_PAIRS, int(max_seconds / round_seconds) if max_seconds < math.inf else pairs))
     samples: dict[str, list[float]] = {name: [] for name in workloads}
+    others = any(work.sample is not None for work in workloads.values())
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(pairs):
             for name, work in workloads.items():
+                if others and work.sample is None:
+                    _sample(work, 1, device)
                 samples[name].append(_sample(work, inner[name], device))
     finally:
         if was_enabled:
