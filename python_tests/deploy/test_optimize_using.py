@@ -315,7 +315,8 @@ def test_saved_models_load_in_a_new_process(model, prefer, tmp_path):
     fast = repkern.optimize_for_inference(model, x)
     torch.save({"model": fast, "x": x, "y": fast(x)}, tmp_path / "fast.pt")
     code = (
-        "import sys, torch; torch.set_num_threads(1); d = torch.load(sys.argv[1], weights_only=False); "
+        f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); "
+        "d = torch.load(sys.argv[1], weights_only=False); "
         "assert torch.equal(d['model'](d['x']), d['y']); print('equal')"
     )
     result = subprocess.run(

@@ -32,7 +32,8 @@ def multiplier(
     mask: tl.tensor, T: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """M at BLOCK places from `begin` on, 1 where there is none. Columns: csrc/common/grad_mult.h."""
-    kind = tl.load(shapes + count + at)
+    # Of a block's shape: the interpreter takes no mask that was combined with a scalar.
+    kind = tl.zeros([BLOCK], tl.int64) + tl.load(shapes + count + at)
     row = tl.load(shapes + 2 * count + at)
     taps = tl.load(shapes + 3 * count + at).to(tl.int32)
     inner = tl.load(shapes + 4 * count + at).to(tl.int32)

@@ -36,7 +36,7 @@ def sgd_kernel(
     if MOVES:
         momentum = tl.load(constants + 1).to(T)
         buffer = pointer_of(addresses + 2 * count, at, T) + place
-        first = tl.load(addresses + 8 * count + at) != 0
+        first = tl.zeros([BLOCK], tl.int64) + tl.load(addresses + 8 * count + at) != 0
         old = tl.load(buffer, mask=mask & (first == 0), other=0)
         moved = tl.where(first, g, momentum * old + tl.load(constants + 2).to(T) * g)
         tl.store(buffer, moved, mask=mask)
