@@ -1,6 +1,9 @@
 """What holds for every test: NaN in fresh memory, guard bytes around native outputs, no TF32, warnings are errors."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import repkern
 from repkern import _native
 from repkern.ops import _check
 
@@ -60,6 +64,24 @@ def _guarded_outputs(request, monkeypatch):
     for raw, begin, end in buffers:
         assert bool((raw[:begin] == _GUARD_BYTE).all()), "a native kernel wrote before its output"
         assert bool((raw[end:] == _GUARD_BYTE).all()), "a native kernel wrote past its output"
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """A fresh interpreter, outside the repository, whose sources would hide the package under test."""
+
+    def run(*arguments, timeout=120, **environment):
+        paths = [str(Path(repkern.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
 
 
 @pytest.fixture(autouse=True)

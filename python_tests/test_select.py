@@ -2,26 +2,12 @@
 
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import repkern
 from repkern.ops import _select, compose_sequential
-
-
-def run(code, **environment):
-    """A fresh interpreter; not in the repository, whose sources would hide an installed package."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        cwd=sys.prefix,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_available_backends_gives_a_reason_for_each_absent_one():
@@ -51,23 +37,25 @@ def test_the_choice_is_logged_once(caplog):
     assert len(chosen) == 1
 
 
-def test_environment_forces_a_backend():
-    result = run("from repkern.ops import _select; print(_select.choose('op', 'cpu'))", REPKERN_BACKEND="reference")
+def test_environment_forces_a_backend(run_python):
+    result = run_python(
+        "-c", "from repkern.ops import _select; print(_select.choose('op', 'cpu'))", REPKERN_BACKEND="reference"
+    )
     assert result.stdout.strip() == "reference", result.stderr
 
 
-def test_unknown_names_in_the_environment_are_refused_by_name():
-    result = run("import repkern", REPKERN_BACKEND="gpu")
+def test_unknown_names_in_the_environment_are_refused_by_name(run_python):
+    result = run_python("-c", "import repkern", REPKERN_BACKEND="gpu")
     assert result.returncode != 0
     assert "REPKERN_BACKEND" in result.stderr
     assert "'gpu'" in result.stderr
 
 
 @pytest.mark.skipif(_select.why_not("cpu", "cpu") is not None, reason="no native module")
-def test_environment_forces_an_instruction_set():
+def test_environment_forces_an_instruction_set(run_python):
     code = "from repkern import _native; print(_native.native_build_info()['isa_used'])"
-    assert run(code, REPKERN_ISA="scalar").stdout.strip() == "scalar"
-    refused = run(code, REPKERN_ISA="avx1024")
+    assert run_python("-c", code, REPKERN_ISA="scalar").stdout.strip() == "scalar"
+    refused = run_python("-c", code, REPKERN_ISA="avx1024")
     assert refused.returncode != 0
     assert "REPKERN_ISA=avx1024" in refused.stderr
 

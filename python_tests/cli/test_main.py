@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 
 import repkern
@@ -46,8 +43,6 @@ def test_wrong_use_is_exit_code_2(command, words):
     assert "Error" in err
 
 
-def test_the_module_runs_as_a_script():
-    done = subprocess.run(
-        [sys.executable, "-m", "repkern.cli.main", "--version"], capture_output=True, text=True, check=False
-    )
+def test_the_module_runs_as_a_script(run_python):
+    done = run_python("-m", "repkern.cli.main", "--version")
     assert (done.returncode, done.stdout) == (0, f"repkern {repkern.__version__}\n")

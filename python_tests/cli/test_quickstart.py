@@ -133,6 +133,7 @@ def test_a_real_signal_leaves_a_resumable_run(tmp_path, number):
     words = ["quickstart", "--epochs", "50", "--threads", "1", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "repkern.cli.main", *words],
+        cwd=tmp_path,  # not in the repository, whose sources would hide the package
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

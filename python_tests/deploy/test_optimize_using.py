@@ -4,8 +4,6 @@ import copy
 import io
 import json
 import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -310,7 +308,7 @@ def test_memory_is_kept_within_the_limit(model, prefer):
     json.dumps(report.as_json())
 
 
-def test_saved_models_load_in_a_new_process(model, prefer, tmp_path):
+def test_saved_models_load_in_a_new_process(model, prefer, tmp_path, run_python):
     prefer("winograd F4", "direct split")
     fast = repkern.optimize_for_inference(model, x)
     torch.save({"model": fast, "x": x, "y": fast(x)}, tmp_path / "fast.pt")
@@ -319,9 +317,7 @@ def test_saved_models_load_in_a_new_process(model, prefer, tmp_path):
         "d = torch.load(sys.argv[1], weights_only=False); "
         "assert torch.equal(d['model'](d['x']), d['y']); print('equal')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "fast.pt")], capture_output=True, text=True, check=False
-    )
+    result = run_python("-c", code, tmp_path / "fast.pt")
     assert result.stdout.strip() == "equal", result.stderr
 
 
@@ -348,12 +344,13 @@ def test_forced_backends(model, prefer, backend):
     assert torch.equal(fast(x), wanted)
 
 
-def test_peak_memory(tmp_path, prefer):
+def test_peak_memory(tmp_path, prefer, run_python):
     """Of inference over the interpreter's own, against torch's, each in a process of its own (Linux counts it)."""
     code = """
 import resource, sys, torch
 torch.set_num_threads(1)
 import repkern
+assert repkern.available_backends()["cpu"] is None
 torch.conv2d(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = torch.load(sys.argv[1], weights_only=False)
@@ -370,8 +367,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     torch.save(repkern.optimize_for_inference(body, example, cache=False), tmp_path / "ours.pt")
 
     def peak(name):
-        command = [sys.executable, "-c", code, str(tmp_path / f"{name}.pt")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = run_python("-c", code, tmp_path / f"{name}.pt")
         assert result.returncode == 0, result.stderr
         return int(result.stdout)
 

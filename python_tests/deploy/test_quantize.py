@@ -279,13 +279,10 @@ def test_a_missing_torchao_is_one_clear_line(monkeypatch):
         quantize(network(ConvNormAct), images())
 
 
-def test_nothing_is_imported_before_it_is_needed():
-    import subprocess
-    import sys
-
+def test_nothing_is_imported_before_it_is_needed(run_python):
     code = "import sys, repkern.deploy, repkern.deploy.quantize; print('torchao' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_training_on_is_resumed_from_a_state_dict(tmp_path):
