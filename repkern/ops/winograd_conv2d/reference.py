@@ -11,6 +11,10 @@ from repkern.ops.winograd_conv2d.matrices import matrices
 
 __all__ = ["activate", "pack", "tiled_product", "unpack_weight", "winograd_conv2d_packed", "winograd_transform_weight"]
 
+# Channels that are added up in one chain, as in the kernels: some BLAS libraries add up any number, and lose at 2,048
+# channels in float32 what the algorithm promises.
+_CHAIN = 128
+
 
 def winograd_transform_weight(weight: Tensor, tile: int, groups: int) -> Tensor:
     """[K, C/g, 3, 3] -> U = G w G^T as [g, ceil(K/g / 16), (tile + 2)^2, C/g, 16], zeros behind the last output."""
@@ -74,7 +78,9 @@ def tiled_product(
     )  # [N, g, C/g, rows, columns, r, r]
     v = torch.einsum("ai,ngcyxij,bj->ngcyxab", b, patches, b).flatten(-2)
     u = packed.permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, : out_channels // groups]  # [g, P, K/g, C/g]
-    product = torch.einsum("gpkc,ngcyxp->ngkyxp", u, v).unflatten(-1, (size, size))
+    parts = zip(u.split(_CHAIN, 3), v.split(_CHAIN, 2), strict=True)
+    product = torch.stack([torch.einsum("gpkc,ngcyxp->ngkyxp", *part) for part in parts]).sum(0)
+    product = product.unflatten(-1, (size, size))
     tiles = torch.einsum("ia,ngkyxab,jb->ngkyixj", a, product, a)
     return tiles.flatten(-2).flatten(-3, -2).flatten(1, 2)[:, :, :height, :width]
 
