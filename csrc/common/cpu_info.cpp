@@ -5,10 +5,12 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace repkern {
@@ -71,6 +73,14 @@ const char* set_isa(Isa isa) {
   if (isa > isa_found()) return "this CPU lacks that instruction set";
   current().store(isa, std::memory_order_relaxed);
   return nullptr;
+}
+
+int64_t level2_bytes() {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return found;
+#endif
+  return int64_t{1} << 20;
 }
 
 const char* isa_name(Isa isa) {

@@ -1,5 +1,6 @@
-// Which instruction set the CPU kernels use: found at run time, forced by REPKERN_ISA.
+// Which instruction set the CPU kernels use (found at run time, forced by REPKERN_ISA), and the cache they work in.
 #pragma once
+#include <cstdint>
 
 namespace repkern {
 
@@ -14,5 +15,7 @@ Isa isa_used();
 // Null on success, else why it cannot be used.
 const char* set_isa(Isa isa);
 const char* isa_name(Isa isa);
+// Of a core's second cache; 1 MiB where the system does not say.
+int64_t level2_bytes();
 
 }  // namespace repkern

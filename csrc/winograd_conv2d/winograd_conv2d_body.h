@@ -267,12 +267,11 @@ class Conv {
       }
     }
     const int64_t row = width * kWinogradLanes, k0 = first * kWinogradLanes;
+    const int64_t channel = g * plan_.kg + k0, count = least(row, plan_.kg - k0);
     each_run(range, [&](const Run& run, int64_t t) {
-      for (int64_t k = 0; k < row && k0 + k < plan_.kg; k += W) {
-        const int64_t lanes = least(W, plan_.kg - k0 - k), channel = g * plan_.kg + k0 + k;
-        const T* m = own.m + t * row + k;
-        out_.channels_last ? write_tiles(run, channel, lanes, m, row) : write_strip(run, channel, lanes, m, row, own);
-      }
+      const T* m = own.m + t * row;
+      if (out_.channels_last) return write_tiles(run, channel, count, m, row);
+      for (int64_t k = 0; k < count; k += W) write_strip(run, channel + k, least(W, count - k), m + k, row, own);
     });
   }
 
@@ -280,25 +279,42 @@ class Conv {
     return p_.bias == nullptr ? V::zero() : V::load_n(static_cast<const T*>(p_.bias) + channel, lanes);
   }
 
-  void write_tiles(const Run& run, int64_t channel, int64_t lanes, const T* m, int64_t row) const {
-    const Reg bias = bias_of(channel, lanes);
+  // `count` outputs from `channel` on. Tile by tile, so that neighbouring outputs are written together.
+  void write_tiles(const Run& run, int64_t channel, int64_t count, const T* m, int64_t row) const {
+    for (int64_t j = 0; j < run.count; ++j) {
+      const int64_t h = run.ty * M, w = (run.tx + j) * M, at = out_.offset(run.n, channel, h, w);
+      const Corner corner{least(M, plan_.oh - h), least(M, plan_.ow - w), plan_.ow * p_.k};
+      const bool inside = corner.rows == M && corner.columns == M && p_.residual == nullptr;
+      for (int64_t k = 0; k < count; k += W) {
+        const int64_t lanes = least(W, count - k);
+        const Reg bias = bias_of(channel + k, lanes);
+        inside && lanes == W ? write_tile<true>(corner, at + k, bias, lanes, m + j * row + k)
+                             : write_tile<false>(corner, at + k, bias, lanes, m + j * row + k);
+      }
+    }
+  }
+
+  // How much of a tile is inside the map, and the elements from row to row there.
+  struct Corner {
+    int64_t rows, columns, line;
+  };
+
+  // kPlain: all of the tile and of the lanes are there, and no residual is.
+  template <bool kPlain>
+  void write_tile(const Corner& corner, int64_t at, Reg bias, int64_t lanes, const T* m) const {
     const X* residual = static_cast<const X*>(p_.residual);
     X* out = static_cast<X*>(p_.out);
-    for (int64_t j = 0; j < run.count; ++j) {
-      const int64_t h = run.ty * M, w = (run.tx + j) * M, columns = least(M, plan_.ow - w);
-      const int64_t at = out_.offset(run.n, channel, h, w), line = plan_.ow * p_.k;
-      Tiles::output(m + j * row, plan_.m_point, [&](int y, const Reg* values) __attribute__((always_inline)) {
-        if (h + y >= plan_.oh) return;
+    Tiles::output(m, plan_.m_point, [&](int y, const Reg* values) __attribute__((always_inline)) {
+      if (!kPlain && y >= corner.rows) return;
 #pragma GCC unroll 8
-        for (int x = 0; x < M; ++x) {
-          if (x >= columns) break;
-          const int64_t here = at + y * line + x * p_.k;
-          Reg value = V::add(values[x], bias);
-          if (residual != nullptr) value = V::add(value, Io<X>::load_n(residual + here, lanes));
-          Io<X>::store_n(out + here, activate_(value), lanes);
-        }
-      });
-    }
+      for (int x = 0; x < M; ++x) {
+        if (!kPlain && x >= corner.columns) break;
+        const int64_t here = at + y * corner.line + x * p_.k;
+        Reg value = V::add(values[x], bias);
+        if (!kPlain && residual != nullptr) value = V::add(value, Io<X>::load_n(residual + here, lanes));
+        kPlain ? Io<X>::store(out + here, activate_(value)) : Io<X>::store_n(out + here, activate_(value), lanes);
+      }
+    });
   }
 
   void write_strip(const Run& run, int64_t channel, int64_t lanes, const T* m, int64_t row, const Own& own) const {

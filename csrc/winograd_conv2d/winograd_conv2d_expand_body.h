@@ -1,5 +1,6 @@
 // U = G w G^T on vectors of output channels, in the precision of the products.
 #pragma once
+#include "common/always_inline.h"
 #include "winograd_conv2d/winograd_conv2d.h"
 #include "winograd_conv2d/winograd_conv2d_points_body.h"
 
@@ -56,7 +57,7 @@ class Expand {
   }
 
   // G along one side of the kernel: out [R] from w [3].
-  static inline void line(const Reg* w, Reg* out) {
+  REPKERN_ALWAYS_INLINE static void line(const Reg* w, Reg* out) {
     out[0] = V::mul(V::set1(T(kRows.zero)), w[0]);
 #pragma GCC unroll 8
     for (int p = 0; p < H; ++p) {

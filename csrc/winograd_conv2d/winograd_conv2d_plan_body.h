@@ -1,5 +1,6 @@
 // How a convolution is cut: into blocks of tiles whose transformed inputs stay in the cache, and panels of outputs.
 #pragma once
+#include "common/cpu_info.h"
 #include "winograd_conv2d/winograd_conv2d_product_body.h"
 
 namespace repkern {
@@ -21,9 +22,10 @@ struct Plan {
   // transform all of its maps each: two barriers and reading what the others wrote take longer (192 channels of 14x14,
   // batch 1, 2 threads: 0.36 and 0.23 ms).
   static constexpr int64_t kSharedTiles = 32, kRepeatingThreads = 4;
-  // Kernels that are transformed on the way: all at once where that takes at most kWholeBytes; else kDepth channels of
-  // kKernelPanel blocks, twice, which leaves room for kKernelBlockBytes in the second cache.
-  static constexpr int64_t kWholeBytes = 5 << 18, kDepth = 64, kKernelPanel = 2, kKernelBlockBytes = 5 << 18;
+  // Kernels that are transformed on the way: all at once where that takes at most kWholeBytes; else `chain` channels of
+  // `kernel_panel` blocks, twice, which leaves room for kKernelBlockBytes in a second cache of 2 MiB. In one of 1 MiB
+  // the wide cut would push the maps out (192 channels of 14x14, batch 1, 2 threads: 0.35 and 0.28 ms).
+  static constexpr int64_t kWholeBytes = 5 << 18, kKernelBlockBytes = 5 << 18, kWideCutBytes = 3 << 19;
 
   int64_t oh, ow, rows, columns, tiles;  // of the output; tiles per column, per row, of all images
   int64_t cg, kg, vectors, blocks;       // channels per group; vectors of inputs, blocks of 16 outputs in a group
@@ -53,10 +55,12 @@ struct Plan {
     raw = p.points != points;
     const int64_t weight_bytes = points * p.c * blocks * kWinogradLanes * static_cast<int64_t>(sizeof(T));
     whole = raw && weight_bytes <= kWholeBytes;
-    panel = least(blocks, raw && !whole ? least(kKernelPanel, Product<T>::kMostBlocks) : Product<T>::kMostBlocks);
+    const bool wide_cut = level2_bytes() >= kWideCutBytes;
+    const int64_t kernel_panel = wide_cut ? 2 : 1, chain = wide_cut ? 64 : 32;
+    panel = least(blocks, raw && !whole ? least(kernel_panel, Product<T>::kMostBlocks) : Product<T>::kMostBlocks);
     panels = ceil_div(blocks, panel);
     const int64_t tile_bytes = points * (v_row + panel * kWinogradLanes) * static_cast<int64_t>(sizeof(T));
-    const int64_t chains = ceil_div(cg, kDepth);
+    const int64_t chains = ceil_div(cg, chain);
     depth = raw && !whole ? ceil_div(cg, chains) : cg;
     u_point = raw ? apart(depth * kWinogradLanes) : cg * kWinogradLanes;
     u_block = points * u_point;

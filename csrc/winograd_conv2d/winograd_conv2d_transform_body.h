@@ -1,5 +1,6 @@
 // B d B^T and A m A^T on vectors whose lanes are channels.
 #pragma once
+#include "common/always_inline.h"
 #include "winograd_conv2d/winograd_conv2d_points_body.h"
 
 namespace repkern {
@@ -12,9 +13,10 @@ struct Transform {
   static constexpr int R = M + 2, P = R * R, H = M / 2;
   static constexpr Polynomials<M> kPoly{};
 
-  // B along one side of the patch: d[0], d[S], ... in place.
+  // B along one side of the patch: d[0], d[S], ... in place. As a call, the patch would go through memory twice (F4 on
+  // AVX-512: 310 cycles of the time stamp counter a patch instead of 138, 225 instead of 68 for the output).
   template <int S>
-  static inline void input_line(Reg* d) {
+  REPKERN_ALWAYS_INLINE static void input_line(Reg* d) {
     Reg even[H], odd[H], first = d[M * S], last = d[(M + 1) * S];
 #pragma GCC unroll 8
     for (int k = 1; k <= H; ++k) {
@@ -44,7 +46,7 @@ struct Transform {
 
   // A along one side: the first M of m[0], m[S], ... are the result.
   template <int S>
-  static inline void output_line(Reg* m) {
+  REPKERN_ALWAYS_INLINE static void output_line(Reg* m) {
     Reg sum[H], difference[H];
     const Reg last = m[(M + 1) * S];
 #pragma GCC unroll 8
