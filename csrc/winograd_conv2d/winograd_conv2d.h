@@ -1,5 +1,6 @@
-// winograd_conv2d: 3x3 convolution of stride 1 by F(m x m, 3x3), m = 2, 4, 6. The math: docs/ops/winograd_conv2d.md.
-// Shapes: N = batch, C / K = input / output channels, g = groups, r = m + 2, P = r * r.
+// winograd_conv2d: 3x3 convolution by F(m x m, 3x3), m = 2, 4, 5, 6, and with stride 2 by F(4x4, 2x2) on the even
+// inputs. The math: docs/ops/winograd_conv2d.md. Shapes: N = batch, C / K = input / output channels, g = groups, P = (m
+// + 2)^2.
 #pragma once
 #include "common/types.h"
 
@@ -12,10 +13,12 @@ constexpr int64_t kWinogradLanes = 16;
 enum class WinogradActivation : int64_t { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
 
 // Maps (x, residual, out) are of dtype X, all contiguous ([N, C, H, W] in memory) or all channels_last ([N, H, W, C]).
-// S is f64 when X is f64, else f32. OH = H + 2 padding - 2 >= 1, OW likewise; every size is at least 1.
+// S is f64 when X is f64, else f32. OH = (H + 2 padding - 3) / stride + 1 >= 1, OW likewise; every size is at least
+// 1.
 struct WinogradParams {
   int64_t n, c, h, w, k;
   int64_t groups, padding;  // padding 0, 1, 2
+  int64_t stride;           // 1; on the CPU also 2, with tile 4
   int64_t tile;             // m
   int64_t points;           // of packed: P, or 9 for the kernels themselves, which are transformed on the way
   int64_t channels_last;

@@ -16,8 +16,8 @@ using Fields = std::vector<int64_t>;
 WinogradParams read_params(const Fields& fields) {
   FieldReader in(fields, kOp);
   WinogradParams p;
-  for (int64_t* value : {&p.n, &p.c, &p.h, &p.w, &p.k, &p.groups, &p.padding, &p.tile, &p.points, &p.channels_last,
-                         &p.activation})
+  for (int64_t* value : {&p.n, &p.c, &p.h, &p.w, &p.k, &p.groups, &p.padding, &p.stride, &p.tile, &p.points,
+                         &p.channels_last, &p.activation})
     *value = in.integer();
   p.dtype = DType(in.integer());
   p.x = in.pointer();

@@ -13,14 +13,16 @@ namespace REPKERN_ISA_NAMESPACE {
 
 namespace {  // as Workspace
 
-template <class X, int M>
+template <class X, int M, int kStride>
 class Conv {
   using Map = Maps<X>;
   using T = typename Map::T;
   using V = Vec<T>;
   using Reg = typename V::Reg;
-  using Tiles = Transform<T, M>;
-  static constexpr int W = V::width, R = M + 2, P = R * R;
+  using OneSide = Side<M, kStride>;
+  using Tiles = Transform<T, M, kStride>;
+  using Weights = Expand<T, M, kStride>;
+  static constexpr int W = V::width, R = OneSide::kPatch, P = R * R;
 
  public:
   Conv(const WinogradParams& p, void* workspace, int threads)
@@ -44,7 +46,7 @@ class Conv {
   void run(int threads) {
     if (plan_.whole) {
       parallel_for(p_.groups * plan_.blocks, threads, [this](int64_t block, int) {
-        Expand<T, M>::run(part_of(block, 0, shared_u_ + block * plan_.u_block), 0, plan_.cg);
+        Weights::run(part_of(block, 0, shared_u_ + block * plan_.u_block), 0, plan_.cg);
       });
     }
     if (!plan_.shared) {
@@ -154,7 +156,7 @@ class Conv {
       for (int64_t vector = whole; vector < end; ++vector) {
         const int64_t cols = read_strip(run, g * plan_.cg + vector * W, least(W, plan_.cg - vector * W), own);
         for (int64_t j = 0; j < run.count; ++j) {
-          const T* strip = own.strip + j * M * W;
+          const T* strip = own.strip + j * OneSide::kStep * W;
           Tiles::input([=](int y, int x) { return V::load(strip + (y * cols + x) * W); },
                        v + (t + j) * plan_.v_row + vector * W, plan_.v_point);
         }
@@ -165,7 +167,8 @@ class Conv {
   // Tile j of the run for whole vectors of channels, without a copy.
   void read_tile(const Run& run, int64_t j, int64_t channel, int64_t begin, int64_t end, T* v, const Own& own) const {
     const T* x = static_cast<const T*>(p_.x);
-    const int64_t h = run.ty * M - p_.padding, w = (run.tx + j) * M - p_.padding, c = p_.c, row = p_.w * c;
+    const int64_t h = run.ty * OneSide::kStep - p_.padding, w = (run.tx + j) * OneSide::kStep - p_.padding;
+    const int64_t c = p_.c, row = p_.w * c;
     if (h >= 0 && w >= 0 && h + R <= p_.h && w + R <= p_.w) {
       const T* from = x + in_.offset(run.n, channel, h, w);
       for (int64_t i = begin; i < end; i += W) {
@@ -188,7 +191,8 @@ class Conv {
 
   // own.strip [R][columns][W] of the run's patches; returns the columns.
   int64_t read_strip(const Run& run, int64_t channel, int64_t lanes, const Own& own) const {
-    const int64_t cols = run.count * M + 2, h = run.ty * M - p_.padding, w = run.tx * M - p_.padding;
+    const int64_t cols = (run.count - 1) * OneSide::kStep + R;
+    const int64_t h = run.ty * OneSide::kStep - p_.padding, w = run.tx * OneSide::kStep - p_.padding;
     const int64_t left = least(most_of(-w, 0), cols), right = most_of(least(p_.w - w, cols), left);
     for (int64_t y = 0; y < R; ++y) {
       T* to = own.strip + y * cols * W;
@@ -204,6 +208,11 @@ class Conv {
     return cols;
   }
 
+  // Which of the packed weights position i of a patch has.
+  static constexpr int64_t weight_of(int64_t i) {
+    return OneSide::weight(static_cast<int>(i / R)) * OneSide::kWeights + OneSide::weight(static_cast<int>(i % R));
+  }
+
   // Threads read what others have transformed.
   bool joint() const { return plan_.shared && !plan_.repeated; }
 
@@ -215,8 +224,12 @@ class Conv {
     return static_cast<const T*>(p_.packed) + (block * 9 * plan_.cg + c) * kWinogradLanes;
   }
 
-  typename Expand<T, M>::Part part_of(int64_t block, int64_t c, T* u) const {
-    return {kernels(block, c),  u, plan_.cg * kWinogradLanes, plan_.u_point, plan_.u_block,
+  typename Weights::Part part_of(int64_t block, int64_t c, T* u) const {
+    return {kernels(block, c),
+            u,
+            plan_.cg * kWinogradLanes,
+            plan_.u_point,
+            plan_.u_block,
             least(plan_.depth, plan_.cg - c)};
   }
 
@@ -227,7 +240,7 @@ class Conv {
     const int64_t streams = 9 * width <= P ? 1 : 3, passes = P * Product<T>::passes_of(width, range.count);
     T *u = own.u, *other = own.u + plan_.panel * plan_.u_block;
     const auto first = part_of(block, 0, u);
-    Expand<T, M>::run(first, 0, width * first.depth);
+    Weights::run(first, 0, width * first.depth);
     for (int64_t c = 0; c < plan_.cg; c += plan_.depth) {
       const int64_t depth = least(plan_.depth, plan_.cg - c), c1 = c + depth;
       const bool more = c1 < plan_.cg;
@@ -237,12 +250,13 @@ class Conv {
       int64_t done = 0;
       for (int64_t i = 0; i < P; ++i) {
         const bool ask = i * streams < 9 * width;
-        const typename Product<T>::Chain chain{depth, plan_.v_row, plan_.u_block, c > 0,
-                                               streams, ask ? point : 0, ask ? next + i * streams * point : u};
-        Product<T>::run_chain(width, range.count, chain, v + i * plan_.v_point + c, u + i * plan_.u_point,
-                              own.m + i * plan_.m_point, [&] {
+        const T* weights = u + weight_of(i) * plan_.u_point;
+        const typename Product<T>::Chain chain{
+            depth, plan_.v_row, plan_.u_block, c > 0, streams, ask ? point : 0, ask ? next + i * streams * point : u};
+        Product<T>::run_chain(width, range.count, chain, v + i * plan_.v_point + c, weights, own.m + i * plan_.m_point,
+                              [&] {
                                 const int64_t end = least(done + step, vectors);
-                                Expand<T, M>::run(part, done, end);
+                                Weights::run(part, done, end);
                                 done = end;
                               });
       }
@@ -262,8 +276,8 @@ class Conv {
     } else {
       const T* u = (plan_.raw ? shared_u_ : static_cast<const T*>(p_.packed)) + block * plan_.u_block;
       for (int64_t i = 0; i < P; ++i) {
-        Product<T>::run(width, range.count, plan_.cg, v + i * plan_.v_point, plan_.v_row, u + i * plan_.u_point,
-                        plan_.u_block, own.m + i * plan_.m_point);
+        Product<T>::run(width, range.count, plan_.cg, v + i * plan_.v_point, plan_.v_row,
+                        u + weight_of(i) * plan_.u_point, plan_.u_block, own.m + i * plan_.m_point);
       }
     }
     const int64_t row = width * kWinogradLanes, k0 = first * kWinogradLanes;
@@ -288,8 +302,8 @@ class Conv {
       for (int64_t k = 0; k < count; k += W) {
         const int64_t lanes = least(W, count - k);
         const Reg bias = bias_of(channel + k, lanes);
-        inside && lanes == W ? write_tile<true>(corner, at + k, bias, lanes, m + j * row + k)
-                             : write_tile<false>(corner, at + k, bias, lanes, m + j * row + k);
+        inside&& lanes == W ? write_tile<true>(corner, at + k, bias, lanes, m + j * row + k)
+                            : write_tile<false>(corner, at + k, bias, lanes, m + j * row + k);
       }
     }
   }
@@ -343,25 +357,27 @@ class Conv {
   size_t own_bytes_, bytes_;
 };
 
-// Calls body.run<X, M>() for the dtype and the tile.
+// Calls body.run<X, M, stride>() for the dtype, the tile and the stride.
 template <class X, class Body>
-void with_tile(int64_t tile, Body& body) {
-  if (tile == 2) return body.template run<X, 2>();
-  if (tile == 4) return body.template run<X, 4>();
-  body.template run<X, 6>();
+void with_tile(const WinogradParams& p, Body& body) {
+  if (p.stride == 2) return body.template run<X, 4, 2>();
+  if (p.tile == 2) return body.template run<X, 2, 1>();
+  if (p.tile == 4) return body.template run<X, 4, 1>();
+  if (p.tile == 5) return body.template run<X, 5, 1>();
+  body.template run<X, 6, 1>();
 }
 
 template <class Body>
-void with_types(DType dtype, int64_t tile, Body& body) {
-  switch (dtype) {
+void with_types(const WinogradParams& p, Body& body) {
+  switch (p.dtype) {
     case DType::f64:
-      return with_tile<double>(tile, body);
+      return with_tile<double>(p, body);
     case DType::f32:
-      return with_tile<float>(tile, body);
+      return with_tile<float>(p, body);
     case DType::bf16:
-      return with_tile<Bf16>(tile, body);
+      return with_tile<Bf16>(p, body);
     default:
-      return with_tile<F16>(tile, body);
+      return with_tile<F16>(p, body);
   }
 }
 
@@ -369,9 +385,9 @@ struct MeasureCall {
   const WinogradParams& p;
   int threads;
   size_t bytes;
-  template <class X, int M>
+  template <class X, int M, int kStride>
   void run() {
-    bytes = Conv<X, M>(p, nullptr, threads).bytes();
+    bytes = Conv<X, M, kStride>(p, nullptr, threads).bytes();
   }
 };
 
@@ -379,9 +395,9 @@ struct ConvCall {
   const WinogradParams& p;
   void* workspace;
   int threads;
-  template <class X, int M>
+  template <class X, int M, int kStride>
   void run() {
-    Conv<X, M>(p, workspace, threads).run(threads);
+    Conv<X, M, kStride>(p, workspace, threads).run(threads);
   }
 };
 
@@ -389,13 +405,13 @@ struct ConvCall {
 
 size_t winograd_workspace(const WinogradParams& p, int threads) {
   MeasureCall call{p, threads, 0};
-  with_types(p.dtype, p.tile, call);
+  with_types(p, call);
   return call.bytes;
 }
 
 Status winograd_conv(const WinogradParams& p, void* workspace, int threads) {
   ConvCall call{p, workspace, threads};
-  with_types(p.dtype, p.tile, call);
+  with_types(p, call);
   return nullptr;
 }
 

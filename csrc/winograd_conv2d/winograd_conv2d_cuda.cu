@@ -70,6 +70,8 @@ Status with_tile_size(int64_t tile, Call call) {
       return call(TileSize<2>());
     case 4:
       return call(TileSize<4>());
+    case 5:
+      return call(TileSize<5>());
     default:
       return call(TileSize<6>());
   }

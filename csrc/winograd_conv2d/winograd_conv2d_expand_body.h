@@ -1,4 +1,4 @@
-// U = G w G^T on vectors of output channels, in the precision of the products.
+// U = G w G^T on vectors of output channels, its different entries, in the precision of the products.
 #pragma once
 #include "common/always_inline.h"
 #include "winograd_conv2d/winograd_conv2d.h"
@@ -7,16 +7,18 @@
 namespace repkern {
 namespace REPKERN_ISA_NAMESPACE {
 
-template <class T, int M>
+template <class T, int M, int kStride>
 class Expand {
   using V = Vec<T>;
   using Reg = typename V::Reg;
-  static constexpr int W = V::width, R = M + 2, P = R * R, H = M / 2;
-  static constexpr FilterRows<M> kRows{};
+  using OneSide = Side<M, kStride>;
+  static constexpr int W = V::width, N = OneSide::kPoints, Q = OneSide::kWeights;
+  static constexpr int H = PointCounts<N>::kPairs, Z = PointCounts<N>::kZeros;
+  static constexpr FilterRows<N> kRows{};
 
  public:
-  // Where kernels [blocks][9][depth][16] lie, and where their transforms [blocks][P][depth][16] go: the elements from
-  // point to point, and of the transforms from block to block.
+  // Where kernels [blocks][9][depth][16] lie, and where their transforms [blocks][Q * Q][depth][16] go: the elements
+  // from point to point, and of the transforms from block to block.
   struct Part {
     const T* w;
     T* u;
@@ -40,33 +42,36 @@ class Expand {
 
  private:
   static inline void vector(const T* w, int64_t w_point, T* u, int64_t u_point) {
-    Reg half[3][R];  // [column of the kernel][row of U]
+    Reg half[3][Q];  // [column of the kernel][row of U]
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
       const Reg column[3] = {V::load(w + j * w_point), V::load(w + (3 + j) * w_point), V::load(w + (6 + j) * w_point)};
       line(column, half[j]);
     }
 #pragma GCC unroll 8
-    for (int a = 0; a < R; ++a) {
+    for (int a = 0; a < Q; ++a) {
       const Reg row[3] = {half[0][a], half[1][a], half[2][a]};
-      Reg out[R];
+      Reg out[Q];
       line(row, out);
 #pragma GCC unroll 8
-      for (int k = 0; k < R; ++k) V::store(u + (a * R + k) * u_point, out[k]);
+      for (int k = 0; k < Q; ++k) V::store(u + (a * Q + k) * u_point, out[k]);
     }
   }
 
-  // G along one side of the kernel: out [R] from w [3].
+  // G along one side of the kernel: out [Q] from w [3].
   REPKERN_ALWAYS_INLINE static void line(const Reg* w, Reg* out) {
-    out[0] = V::mul(V::set1(T(kRows.zero)), w[0]);
+    if constexpr (Z == 1) out[0] = V::mul(V::set1(T(kRows.zero)), w[0]);
 #pragma GCC unroll 8
     for (int p = 0; p < H; ++p) {
-      const Reg odd = V::mul(V::set1(T(kRows.row[p][1])), w[1]);
-      const Reg even = V::fma(V::set1(T(kRows.row[p][2])), w[2], V::mul(V::set1(T(kRows.row[p][0])), w[0]));
-      out[2 * p + 1] = V::add(even, odd);
-      out[2 * p + 2] = Math<T>::sub(even, odd);
+      const Reg first = V::mul(V::set1(T(kRows.row[p][0])), w[0]);
+      // The taps of stride 2 are w[0] and w[2] on the even inputs, w[1] on the odd ones.
+      const Reg odd = V::mul(V::set1(T(kRows.row[p][1])), w[kStride == 1 ? 1 : 2]);
+      const Reg even = kStride == 1 ? V::fma(V::set1(T(kRows.row[p][2])), w[2], first) : first;
+      out[2 * p + Z] = V::add(even, odd);
+      out[2 * p + Z + 1] = Z == 1 ? Math<T>::sub(even, odd) : Math<T>::sub(odd, even);
     }
-    out[R - 1] = w[2];
+    out[N - 1] = w[2];
+    if constexpr (kStride == 2) out[N] = w[1];
   }
 };
 

@@ -39,9 +39,10 @@ struct Plan {
   int64_t strip;                         // most columns of a strip of tiles
 
   Plan(const WinogradParams& p, int threads) {
-    const int64_t m = p.tile, points = (m + 2) * (m + 2);
-    oh = p.h + 2 * p.padding - 2;
-    ow = p.w + 2 * p.padding - 2;
+    const int64_t m = p.tile, patch = p.stride == 1 ? m + 2 : 2 * m + 1;
+    const int64_t points = patch * patch, weights = (m + 2) * (m + 2);  // positions; different weights among theirs
+    oh = (p.h + 2 * p.padding - 3) / p.stride + 1;
+    ow = (p.w + 2 * p.padding - 3) / p.stride + 1;
     rows = ceil_div(oh, m);
     columns = ceil_div(ow, m);
     tiles = p.n * rows * columns;
@@ -52,8 +53,8 @@ struct Plan {
     v_row = vectors * W;
     // Rows that are a multiple of 2 KiB apart would share a few sets of the first cache.
     if (v_row * sizeof(T) % 2048 == 0) v_row += kLine;
-    raw = p.points != points;
-    const int64_t weight_bytes = points * p.c * blocks * kWinogradLanes * static_cast<int64_t>(sizeof(T));
+    raw = p.points != weights;
+    const int64_t weight_bytes = weights * p.c * blocks * kWinogradLanes * static_cast<int64_t>(sizeof(T));
     whole = raw && weight_bytes <= kWholeBytes;
     const bool wide_cut = level2_bytes() >= kWideCutBytes;
     const int64_t kernel_panel = wide_cut ? 2 : 1, chain = wide_cut ? 64 : 32;
@@ -63,7 +64,7 @@ struct Plan {
     const int64_t chains = ceil_div(cg, chain);
     depth = raw && !whole ? ceil_div(cg, chains) : cg;
     u_point = raw ? apart(depth * kWinogradLanes) : cg * kWinogradLanes;
-    u_block = points * u_point;
+    u_block = weights * u_point;
     const bool large = weight_bytes > kCachedWeightBytes;
     const int64_t bytes = raw && !whole ? kKernelBlockBytes : large ? kLargeBlockBytes : kBlockBytes;
     const int64_t most = most_of(least(bytes / tile_bytes, kMostTiles), 12);
@@ -81,7 +82,7 @@ struct Plan {
     count = ceil_div(tiles, block);
     v_point = apart(block * v_row);
     m_point = apart(block * panel * kWinogradLanes);
-    strip = least(block, columns) * m + 2;
+    strip = (least(block, columns) - 1) * m * p.stride + patch;
   }
 
  private:

@@ -34,6 +34,7 @@ template <class S>
 static void transform_weight_to(const WinogradWeight& w, int threads) {
   if (w.tile == 2) return transform_weight_of<S, 2>(w, threads);
   if (w.tile == 4) return transform_weight_of<S, 4>(w, threads);
+  if (w.tile == 5) return transform_weight_of<S, 5>(w, threads);
   transform_weight_of<S, 6>(w, threads);
 }
 

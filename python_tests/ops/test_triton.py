@@ -358,6 +358,7 @@ ONES = dict.fromkeys(ONES, 1) | {"bias": None, "residual": None, "HAS_BIAS": Fal
 for target, dtype, wide, m, precision, last, tiles, step, more in (
     (GPUTarget("cuda", 80, 32), tl.float16, tl.float32, 2, "ieee", True, 128, 32, {}),
     (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, 4, "ieee", False, 64, 16, {}),
+    (GPUTarget("cuda", 80, 32), tl.float32, tl.float32, 5, "tf32", False, 64, 32, {}),
     (GPUTarget("cuda", 90, 32), tl.float32, tl.float32, 6, "tf32", True, 128, 32, {}),
     (GPUTarget("cuda", 90, 32), tl.float64, tl.float64, 2, "none", False, 16, 16, {}),
     (GPUTarget("cuda", 90, 32), tl.bfloat16, tl.float32, 2, "ieee", False, 16, 32, ONES),

@@ -17,7 +17,7 @@ from repkern.ops.winograd_conv2d import reference
 CPU = [target for target in testing.targets() if target.backend in ("reference", "cpu")]
 TARGETS = [pytest.param(target, id=str(target)) for target in CPU]
 # Relative L2 against float64 that a tile may reach in float32.
-ALLOWED = {2: 1e-6, 4: 3e-6, 6: 1e-5}
+ALLOWED = {2: 1e-6, 4: 3e-6, 5: 3e-6, 6: 1e-5}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -37,7 +37,7 @@ def relative(got, wanted):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.parametrize("tile", [2, 4, 5, 6])
 @pytest.mark.parametrize(("channels", "outputs", "size"), [(3, 16, 20), (64, 64, 13), (512, 48, 7), (2048, 16, 4)])
 def test_float32_is_as_accurate_as_promised(tile, channels, outputs, size, target):
     x, weight = maps(2, channels, size, size).relu(), maps(outputs, channels, 3, 3, seed=1) / (9 * channels) ** 0.5
@@ -48,7 +48,7 @@ def test_float32_is_as_accurate_as_promised(tile, channels, outputs, size, targe
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.parametrize("tile", [2, 4, 5, 6])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 2.5e-3), (torch.float16, 3e-4)])
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_half_maps_are_computed_in_float32(dtype, allowed, tile, memory_format, target):
@@ -64,7 +64,7 @@ def test_half_maps_are_computed_in_float32(dtype, allowed, tile, memory_format, 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.parametrize("tile", [2, 4, 5, 6])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_every_small_size(tile, padding, memory_format, target):
     weight = maps(5, 3, 3, 3, seed=1)
@@ -178,7 +178,7 @@ def test_packed_kernels_hold_the_weight():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.parametrize("tile", [2, 4, 5, 6])
 @pytest.mark.parametrize(("channels", "outputs", "size"), [(3, 16, 20), (192, 80, 13), (512, 48, 7), (2048, 16, 4)])
 def test_packed_kernels_are_as_accurate_as_promised(tile, channels, outputs, size, target):
     x, weight = maps(2, channels, size, size).relu(), maps(outputs, channels, 3, 3, seed=1) / (9 * channels) ** 0.5
@@ -265,8 +265,8 @@ X, W = (1, 4, 5, 5), (6, 4, 3, 3)
         (X, (6, 4, 5, 5), {}, r"\[K, C/g, 3, 3\], got \(6, 4, 5, 5\); other kernels: torch.conv2d"),
         (X, (6, 3, 3, 3), {}, r"takes 3 x 1 groups = 3 channels, but `x` has 4"),
         (X, W, {"padding": 3}, r"`padding` must be 0, 1 or 2, got 3; other paddings: torch.conv2d"),
-        (X, W, {"tile": 3}, r"`tile` must be one of 2, 4, 6, got 3"),
-        (X, W, {"tile": "best"}, r"`tile` must be 'auto' or one of 2, 4, 6, got 'best'"),
+        (X, W, {"tile": 3}, r"`tile` must be one of 2, 4, 5, 6, got 3"),
+        (X, W, {"tile": "best"}, r"`tile` must be 'auto' or one of 2, 4, 5, 6, got 'best'"),
         (X, W, {"activation": "gelu"}, r"`activation` must be one of none, relu.*, got 'gelu'"),
         (X, (5, 2, 3, 3), {"groups": 2}, r"out_channels \(=5\) must be divisible by `groups` \(=2\)"),
         (X, W, {"residual": torch.zeros(1, 6, 4, 5)}, r"`residual` must have shape \(1, 6, 5, 5\), got \(1, 6, 4, 5\)"),

@@ -48,7 +48,7 @@ class ConvOptions:
     backend: str = "cpu"
     device: str = "cpu"
     how: str = "fp32"
-    tiles: Sequence[int] = (2, 4)
+    tiles: Sequence[int] = (2, 4, 5)
     threads: int = 1
     ncnn: bool = True
     cold: bool = True

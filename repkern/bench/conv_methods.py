@@ -33,10 +33,10 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative L2 error against float64 that is still right, by precision and tile; tile 1 is direct convolution.
 _ALLOWED = {
-    "fp32": {1: 1e-6, 2: 1e-6, 4: 3e-6, 6: 1e-5},
-    "tf32": {1: 8e-4, 2: 8e-4, 4: 2.5e-3, 6: 6e-3},
-    "fp16": {1: 8e-4, 2: 8e-4, 4: 2.5e-3, 6: 6e-3},
-    "bf16": dict.fromkeys((1, 2, 4, 6), 6e-3),
+    "fp32": {1: 1e-6, 2: 1e-6, 4: 3e-6, 5: 3e-6, 6: 1e-5},
+    "tf32": {1: 8e-4, 2: 8e-4, 4: 2.5e-3, 5: 6e-3, 6: 6e-3},
+    "fp16": {1: 8e-4, 2: 8e-4, 4: 2.5e-3, 5: 6e-3, 6: 6e-3},
+    "bf16": dict.fromkeys((1, 2, 4, 5, 6), 6e-3),
 }
 
 

@@ -158,7 +158,7 @@ def conv(
     backend: Annotated[str, typer.Option(help="Our backend; auto chooses by device.")] = "auto",
     device: Device = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16.")] = "fp32",
-    tile: Annotated[list[int] | None, typer.Option(help="Of Winograd: 2, 4 or 6. Default: 2 and 4.")] = None,
+    tile: Annotated[list[int] | None, typer.Option(help="Of Winograd: 2, 4, 5 or 6. Default: all but 6.")] = None,
     threads: Threads = None,
     pairs: Pairs = None,
     cold: Annotated[bool, typer.Option(help="Also with many copies of the weights in turn.")] = True,
@@ -185,7 +185,7 @@ def conv(
         backend=backend,
         device=device,
         how=precision,
-        tiles=tile or (2, 4),
+        tiles=tile or (2, 4, 5),
         threads=torch.get_num_threads(),
         ncnn=ncnn and not isa,  # ncnn cannot be held to an instruction set
         cold=cold and not quick and device == "cpu",

@@ -18,10 +18,13 @@ from repkern.ops import (
     direct_pack_weight,
     direct_unpack_weight,
     winograd_conv2d_packed,
+    winograd_stride2_conv2d_packed,
+    winograd_stride2_transform_weight,
     winograd_transform_weight,
 )
 from repkern.ops._select import is_automatic, why_not
 from repkern.ops.winograd_conv2d import ACTIVATIONS, TILES
+from repkern.ops.winograd_conv2d.matrices import STRIDE2_TILE
 
 __all__ = ["FORMS", "METHODS", "Call", "ConvSpec", "Form", "Maps", "Method", "activate", "torch_conv"]
 
@@ -177,16 +180,16 @@ def _wide(bias: Tensor | None) -> Tensor | None:
     return bias.float() if bias is not None and bias.dtype in _HALF else bias
 
 
-def _winograd_why_not(spec: ConvSpec, maps: Maps) -> str | None:
-    if spec.kernel_size != (3, 3) or spec.stride != (1, 1) or spec.dilation != (1, 1):
-        return "Winograd is for 3x3 kernels with stride 1 and dilation 1"
+def _winograd_why_not(spec: ConvSpec, maps: Maps, stride: int = 1) -> str | None:
+    if spec.kernel_size != (3, 3) or spec.stride != (stride, stride) or spec.dilation != (1, 1):
+        return f"this is for 3x3 kernels with stride {stride} and dilation 1"
     if spec.padding not in ((0, 0), (1, 1), (2, 2)):
         return f"Winograd is for padding 0, 1 or 2, not {spec.padding}"
     if maps.dtype not in (torch.float32, *_HALF):
         return f"Winograd is not chosen for {maps.dtype}"
     if maps.device.type == "cpu":
         return why_not("cpu", "cpu")
-    if maps.device.type != "cuda":
+    if maps.device.type != "cuda" or stride != 1:
         return f"there are no kernels for {maps.device.type}"
     return why_not("cuda", "cuda") and why_not("triton", "cuda")
 
@@ -227,6 +230,27 @@ def _winograd(tile: int, form: str) -> Method:
         )
 
     return Method(form, _winograd_why_not, prepare, traced, tile)
+
+
+def _winograd_stride2(form: str) -> Method:
+    def prepare(spec: ConvSpec, packed: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor | None) -> Call:
+        tail = (spec.out_channels, spec.padding[0], spec.groups, ACTIVATIONS.index(spec.activation))
+        return _op_call("winograd_stride2_conv2d_packed", packed, bias, tail, x, residual)
+
+    def traced(spec: ConvSpec, packed: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor | None) -> Tensor:
+        return winograd_stride2_conv2d_packed(
+            x,
+            packed,
+            _wide(bias),
+            out_channels=spec.out_channels,
+            padding=spec.padding[0],
+            groups=spec.groups,
+            activation=spec.activation,
+            residual=residual,
+        )
+
+    why_not = functools.partial(_winograd_why_not, stride=2)
+    return Method(form, why_not, prepare, traced, STRIDE2_TILE)
 
 
 def _transformed(tile: int) -> Form:
@@ -293,6 +317,9 @@ FORMS: dict[str, Form] = {
     "blocks": Form(_pack_blocks, _unpack),
     "split": Form(lambda weight, spec: direct_pack_weight(weight, groups=spec.groups, method="split"), _unpack),
     **{f"transformed F{tile}": _transformed(tile) for tile in TILES},
+    "transformed stride 2": Form(
+        lambda weight, spec: winograd_stride2_transform_weight(weight, groups=spec.groups), None
+    ),
 }
 
 #: By name, as reports and the cache have it.
@@ -304,4 +331,6 @@ METHODS: dict[str, Method] = {
     "direct split": _direct("split", _split_why_not),
     **{f"winograd F{tile}": _winograd(tile, "blocks") for tile in TILES},
     **{f"winograd F{tile} transformed": _winograd(tile, f"transformed F{tile}") for tile in TILES},
+    "winograd stride 2": _winograd_stride2("blocks"),
+    "winograd stride 2 transformed": _winograd_stride2("transformed stride 2"),
 }

@@ -57,9 +57,10 @@ def optimize_for_inference(
 
     Blocks are reparameterized; BatchNorm, ReLU, ReLU6, SiLU, Hardswish and the sum with a shortcut go into the
     convolutions before them; maps are kept in channels_last. Each convolution then uses what was fastest, for its shape
-    while example_inputs runs, among torch, oneDNN's fused operators, Winograd F2 and F4 and direct convolution. What is
-    not understood stays as it is. The result has `report` (print it), the state_dict of the plain model, can be
-    copied, pickled, compiled and called by several threads, and takes other input sizes than the example's.
+    while example_inputs runs, among torch, oneDNN's fused operators, Winograd F2, F4 and F5, Winograd of stride 2, and
+    direct convolution. What is not understood stays as it is. The result has `report` (print it), the state_dict of the
+    plain model, can be copied, pickled, compiled and called by several threads, and takes other input sizes than the
+    example's.
 
     example_inputs: a tensor or a tuple of arguments, such as the model will see: times and checks are made with them.
     precision: "fp32" (strict), "tf32" (GPU), "bf16" or "fp16" (weights and maps inside; outputs are float32 again).

@@ -36,8 +36,8 @@ class WinogradConv2d(nn.Conv2d):
     """activation(conv2d(x)) by Winograd's algorithm: nn.Conv2d in inference, for 3x3 kernels with stride 1.
 
     Arguments and state_dict as nn.Conv2d's; parameters require no gradients. padding: 0, 1, 2, "same" or "valid".
-    tile: 2, 4, 6 or "auto" (4; in half precision on a GPU 2). activation: one of `ops.winograd_conv2d.ACTIVATIONS`, a
-    module nn.ReLU, ReLU6, SiLU or Hardswish, or None.
+    tile: 2, 4, 5, 6 or "auto" (4; in half precision on a GPU 2). activation: one of `ops.winograd_conv2d.ACTIVATIONS`,
+    a module nn.ReLU, ReLU6, SiLU or Hardswish, or None.
     Input [N, C, H, W] or [C, H, W], contiguous or channels_last; forward also takes a residual, added before the
     activation. The filters are transformed at the first call, and again after load_state_dict, `to` or any change of
     the weights that torch counts (all but those through `.data` and of inference tensors). Compiled code transforms

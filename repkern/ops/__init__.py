@@ -24,6 +24,9 @@ from repkern.ops.winograd_conv2d import (
     winograd_conv2d,
     winograd_conv2d_packed,
     winograd_pack_weight,
+    winograd_stride2_conv2d,
+    winograd_stride2_conv2d_packed,
+    winograd_stride2_transform_weight,
     winograd_transform_weight,
 )
 
@@ -51,5 +54,8 @@ __all__ = [
     "winograd_conv2d",
     "winograd_conv2d_packed",
     "winograd_pack_weight",
+    "winograd_stride2_conv2d",
+    "winograd_stride2_conv2d_packed",
+    "winograd_stride2_transform_weight",
     "winograd_transform_weight",
 ]

@@ -89,6 +89,7 @@ def prepare_direct_conv2d_packed(
     head = [*x.shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups]
     head += [int(form is torch.channels_last), activation, int(split), DTYPE_CODE[dtype]]
     run, workspace_of = native.function("direct_conv2d_packed"), native.workspace_size("direct_conv2d_packed")
+    bytes_for: dict[int, int] = {}  # by the number of threads
 
     def call(x: Tensor, residual: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=form)
@@ -97,7 +98,10 @@ def prepare_direct_conv2d_packed(
         fields = [*head, x.data_ptr(), packed.data_ptr(), _check.pointer(bias), _check.pointer(residual)]
         fields.append(out.data_ptr())
         threads = torch.get_num_threads()
-        run(fields, _check.workspace(workspace_of(fields, threads), device).data_ptr(), threads)
+        size = bytes_for.get(threads)
+        if size is None:
+            size = bytes_for[threads] = workspace_of(fields, threads)
+        run(fields, _check.workspace(size, device).data_ptr(), threads)
         return out
 
     return call

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from repkern.ops import _check
-from repkern.ops.winograd_conv2d.matrices import TILES
+from repkern.ops.winograd_conv2d.matrices import STRIDE2_TILE, TILES
 
 __all__ = [
     "ACTIVATIONS",
@@ -14,6 +14,7 @@ __all__ = [
     "OP",
     "blocks_of",
     "check_conv",
+    "check_stride2_conv",
     "check_weight",
     "is_transformed",
     "kernels_shape",
@@ -55,9 +56,9 @@ def map_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
-def output_size(x: Tensor, padding: int) -> tuple[int, int]:
+def output_size(x: Tensor, padding: int, stride: int = 1) -> tuple[int, int]:
     """Height and width of the output; ValueError where there is none."""
-    height, width = (int(n) + 2 * padding - 2 for n in x.shape[2:])
+    height, width = ((int(n) + 2 * padding - 3) // stride + 1 for n in x.shape[2:])
     if height < 1 or width < 1:
         raise ValueError(f"{OP}: a 3x3 kernel with padding {padding} has no output on an input of {tuple(x.shape[2:])}")
     return height, width
@@ -90,6 +91,7 @@ def check_conv(
     padding: int,
     groups: int,
     activation: int,
+    stride: int = 1,
 ) -> None:
     """ValueError or TypeError for anything a kernel must not see."""
     _check.require_same(OP, {"x": x, "residual": residual}, _FLOATING)
@@ -114,8 +116,22 @@ def check_conv(
     inputs = x.shape[1] // groups
     if packed.shape != kernels_shape(out_channels, inputs, groups):
         _check.require_shape(OP, "packed", packed, packed_shape(out_channels, inputs, tile, groups))
-    size = output_size(x, padding)
+    size = output_size(x, padding, stride)
     if bias is not None:
         _check.require_shape(OP, "bias", bias, (out_channels,))
     if residual is not None:
         _check.require_shape(OP, "residual", residual, (x.shape[0], out_channels, *size))
+
+
+def check_stride2_conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    padding: int,
+    groups: int,
+    activation: int,
+) -> None:
+    """As `check_conv`, for stride 2."""
+    check_conv(x, packed, bias, residual, out_channels, STRIDE2_TILE, padding, groups, activation, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from repkern.ops._sample import Sample
 from repkern.ops.winograd_conv2d import reference
 from repkern.ops.winograd_conv2d.contract import ACTIVATIONS, is_transformed, output_size
-from repkern.ops.winograd_conv2d.matrices import matrices
+from repkern.ops.winograd_conv2d.matrices import STRIDE2_TILE, matrices, stride2_matrices
 
 __all__ = ["samples"]
 
@@ -55,6 +55,9 @@ _CASES = (
     _Case(3, 8, 15, 4, 5, tile=2, padding=0, activation="relu6"),
     _Case(1, 6, 8, 3, 8, padding=0, groups=2, channels_last=True),
     _Case(1, 6, 6, 6, 7, padding=2, groups=6, activation="none", bias=False),
+    _Case(1, 3, 18, 6, 9, tile=5, residual=True),
+    _Case(2, 17, 6, 5, 8, tile=5, padding=2, activation="silu", channels_last=True),
+    _Case(1, 8, 34, 11, 7, tile=5, groups=2, channels_last=True, kernels=True),
     _Case(2, 34, 36, 9, 2, groups=2, residual=True, activation="relu6"),
     _Case(5, 4, 70, 2, 2, tile=2, residual=True, channels_last=True),
     _Case(1, 33, 31, 17, 16, tile=6, channels_last=True, residual=True),
@@ -70,12 +73,30 @@ _SLOW = (
     _Case(9, 20, 20, 14, 15, tile=6, groups=4, channels_last=True, slow=True),
     _Case(1, 197, 152, 14, 13, kernels=True, slow=True),
     _Case(1, 260, 68, 10, 9, tile=2, channels_last=True, kernels=True, slow=True),
+    _Case(1, 200, 96, 14, 14, tile=5, channels_last=True, kernels=True, slow=True),
+    _Case(3, 32, 70, 14, 16, tile=5, residual=True, slow=True),
     _Case(1, 330, 120, 7, 11, tile=6, groups=2, channels_last=True, kernels=True, slow=True),
 )
 
 
+_STRIDE2 = (
+    _Case(1, 1, 1, 1, 1),
+    _Case(2, 3, 5, 7, 9, residual=True),
+    _Case(1, 16, 16, 8, 8, activation="none", channels_last=True),
+    _Case(1, 17, 33, 11, 18, activation="hardswish", bias=False, channels_last=True, residual=True),
+    _Case(3, 8, 15, 4, 5, padding=0, activation="relu6"),
+    _Case(1, 6, 8, 3, 10, padding=2, groups=2, channels_last=True),
+    _Case(2, 34, 36, 5, 6, groups=2, kernels=True, residual=True),
+    _Case(1, 17, 70, 15, 10, activation="silu", channels_last=True, kernels=True),
+    _Case(1, 96, 70, 28, 30, channels_last=True, slow=True),
+    _Case(2, 48, 112, 57, 43, slow=True),
+    _Case(1, 260, 68, 14, 13, channels_last=True, kernels=True, slow=True),
+    _Case(3, 197, 152, 27, 15, groups=1, padding=0, kernels=True, slow=True),
+)
+
+
 def samples(op_name: str) -> list[Sample]:
-    """Samples for `winograd_conv2d_packed` or `winograd_transform_weight`."""
+    """Samples for an op of this folder."""
     generator = torch.Generator().manual_seed(31)
 
     def random(*shape: int) -> Tensor:
@@ -83,6 +104,8 @@ def samples(op_name: str) -> list[Sample]:
 
     if op_name == "winograd_conv2d_packed":
         return [_conv(case, random) for case in _CASES + _SLOW]
+    if op_name == "winograd_stride2_conv2d_packed":
+        return [_conv(case, random, 2) for case in _STRIDE2]
     return [_weight(case, random) for case in _CASES + _SLOW if not case.kernels]
 
 
@@ -91,7 +114,7 @@ def _weight(case: _Case, random: Callable[..., Tensor]) -> Sample:
     return Sample(str(case), args, (), slow=case.slow, bounds=_weight_bounds)
 
 
-def _conv(case: _Case, random: Callable[..., Tensor]) -> Sample:
+def _conv(case: _Case, random: Callable[..., Tensor], stride: int = 1) -> Sample:
     def like_map(values: Tensor) -> Tensor:
         return values.contiguous(memory_format=torch.channels_last) if case.channels_last else values
 
@@ -99,12 +122,16 @@ def _conv(case: _Case, random: Callable[..., Tensor]) -> Sample:
     weight = random(case.k, case.c // case.groups, 3, 3)
     if case.kernels:
         packed = reference.pack(weight.flatten(2), case.groups)
+    elif stride == 2:
+        packed = reference.transform_stride2_weight(weight, case.groups)
     else:
         packed = reference.winograd_transform_weight(weight, case.tile, case.groups)
     bias = random(case.k) if case.bias else None
-    residual = like_map(random(case.n, case.k, *output_size(x, case.padding))) if case.residual else None
+    residual = like_map(random(case.n, case.k, *output_size(x, case.padding, stride))) if case.residual else None
     options = (case.k, case.tile, case.padding, case.groups, ACTIVATIONS.index(case.activation))
-    return Sample(str(case), (x, packed, bias, residual, *options), (), slow=case.slow, bounds=_conv_bounds)
+    bounds = _conv_bounds if stride == 1 else _stride2_bounds
+    args = (x, packed, bias, residual, *(options if stride == 1 else (case.k, *options[2:])))
+    return Sample(str(case), args, (), slow=case.slow, bounds=bounds)
 
 
 def _weight_bounds(args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -133,14 +160,42 @@ def _conv_bounds(args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
     own, transformed = matrices(tile), is_transformed(packed)
     if not transformed:
         packed = _absolute_weight(reference.unpack_weight(packed, out_channels), tile, groups)
-    size = reference.tiled_product(x.abs(), packed.abs(), out_channels, padding, groups, own.a.abs(), own.b.abs())
+    geometry = (out_channels, padding, groups, 1)
+    size = reference.tiled_product(x.abs(), packed.abs(), own.a.abs(), own.b.abs(), *geometry)
+    return [_rounded_size(size, bias, residual, dtype, tile + 2, x.shape[1] // groups, transformed)]
+
+
+def _stride2_bounds(args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+    """As `_conv_bounds`, with the longest way that through a point of the even inputs."""
+    x, packed, bias, residual, out_channels, padding, groups, _ = args
+    own, transformed = stride2_matrices(), is_transformed(packed)
+    if not transformed:
+        g = own.g[: STRIDE2_TILE + 2].abs()
+        kernels = reference.unpack_weight(packed, out_channels).abs()
+        packed = reference.pack(torch.einsum("ai,kcij,bj->kcab", g, kernels, g).flatten(2), groups)
+    positions = reference.stride2_positions(packed.abs())
+    geometry = (out_channels, padding, groups, 2)
+    size = reference.tiled_product(x.abs(), positions, own.a.abs(), own.b.abs(), *geometry)
+    return [_rounded_size(size, bias, residual, dtype, STRIDE2_TILE + 2, x.shape[1] // groups, transformed)]
+
+
+def _rounded_size(
+    size: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    terms: int,
+    inputs: int,
+    transformed: bool,
+) -> Tensor:
+    """The bound from sums of absolute values; terms: the most of one pass of a transform."""
     if bias is not None:
         size = size + bias.abs().view(-1, 1, 1)
     if residual is not None:
         size = size + residual.abs()
     u = torch.finfo(dtype).eps / 2
     # Two passes of B and of A (r terms each, and the rounding of their coefficients), the sum over channels, bias, sum.
-    roundings = 4 * (tile + 3) + x.shape[1] // groups + 2 + _ACTIVATION_ROUNDINGS
+    roundings = 4 * (terms + 1) + inputs + 2 + _ACTIVATION_ROUNDINGS
     # Two passes of G: three terms and the rounding of their coefficients.
     roundings += 0 if transformed else 2 * 4
-    return [_SLOPE * roundings * u / (1 - roundings * u) * size]
+    return _SLOPE * roundings * u / (1 - roundings * u) * size

@@ -36,7 +36,7 @@ __all__ = ["winograd_conv2d_packed", "winograd_transform_weight"]
 _WORKSPACE_BYTES = 32 << 20
 _TILES = 64
 # Values of a point that a program of a transform holds, for each tile size: (m + 2)^2 of them are in registers.
-_VALUES = {2: 512, 4: 256, 6: 128}
+_VALUES = {2: 512, 4: 256, 5: 128, 6: 128}
 # Longer sums lose accuracy: at 2048 channels F(4 x 4) would be off by 4e-6 instead of 1e-6.
 _CHAIN = 128
 
