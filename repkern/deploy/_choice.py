@@ -114,7 +114,7 @@ class Chooser:
         self, layer: InferenceConv2d, x: Tensor, residual: Tensor | None, result: Tensor, record: Record
     ) -> dict[str, Call]:
         """The methods that can run here and whose result is right; why the others are not goes into the record."""
-        weight, spec, maps = layer.weight, layer.spec, Maps.of(x)
+        weight, spec, maps = layer.kernel(), layer.spec, Maps.of(x)
         exact = _exact(layer, x, residual) if x.dtype in (torch.bfloat16, torch.float16) else result
         limit = allowed_error(self._rules.accuracy, x.dtype, spec.precision)
         packed: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ def _bind(call: Call, residual: Tensor | None) -> Callable[[Tensor], Tensor]:
 def _exact(layer: InferenceConv2d, x: Tensor, residual: Tensor | None) -> Tensor:
     """The layer in float32, with the weights it has."""
     bias = None if layer.bias is None else layer.bias.float()
-    wide = InferenceConv2d(layer.spec, layer.weight.float(), bias)
+    wide = InferenceConv2d(layer.spec, layer.kernel().float(), bias)
     return wide.by_torch(x.float(), None if residual is None else residual.float())
 
 
@@ -195,8 +195,8 @@ def _key(layer: InferenceConv2d, x: Tensor, residual: Tensor | None) -> str:
     spec = layer.spec
     parts: Sequence[Any] = (
         "conv2d", list(x.shape), spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
-        spec.groups, spec.activation, spec.precision, residual is not None, layer.bias is not None, str(x.dtype),
-        x.is_contiguous(memory_format=torch.channels_last), x.is_contiguous(), torch.get_num_threads(),
+        spec.groups, spec.activation, spec.precision, spec.linear, residual is not None, layer.bias is not None,
+        str(x.dtype), x.is_contiguous(memory_format=torch.channels_last), x.is_contiguous(), torch.get_num_threads(),
         hardware(x.device), backend_of("winograd_conv2d_packed", x.device.type), repkern.__version__, torch.__version__,
     )  # fmt: skip
     return json.dumps(parts, separators=(",", ":"))

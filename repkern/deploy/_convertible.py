@@ -22,6 +22,7 @@ __all__ = [
     "module_activation",
     "spec_of",
     "why_not_conv",
+    "why_not_linear",
 ]
 
 _MODULES: dict[type[nn.Module], str] = {
@@ -63,6 +64,17 @@ def why_not_conv(conv: nn.Conv2d) -> str | None:
         dilation * (k - 1) % 2 for dilation, k in zip(conv.dilation, conv.kernel_size, strict=True)
     ):
         return "its padding is not the same on both sides"
+    return None
+
+
+def why_not_linear(linear: nn.Linear) -> str | None:
+    """None where this layer can be an InferenceLinear, else why it stays."""
+    if type(linear) is not nn.Linear:
+        return f"a subclass of Linear ({type(linear).__name__}) may compute something else"
+    if has_hooks(linear):
+        return "it has hooks"
+    if not (linear.weight.is_floating_point() and type(linear.weight) is nn.Parameter):
+        return f"its weight is {type(linear.weight).__name__} of {linear.weight.dtype}"
     return None
 
 

@@ -29,7 +29,8 @@ def describe(
         record = records.get(layer, Record())
         seconds = _seconds(record)
         spec = layer.spec
-        kernel = f"{spec.in_channels}->{spec.out_channels} {spec.kernel_size[0]}x{spec.kernel_size[1]}"
+        size = "linear" if spec.linear else f"{spec.kernel_size[0]}x{spec.kernel_size[1]}"
+        kernel = f"{spec.in_channels}->{spec.out_channels} {size}"
         kernel += "" if spec.stride == (1, 1) else f" /{spec.stride[0]}"
         kernel += "" if spec.groups == 1 else f" g{spec.groups}"
         reports.append(
@@ -45,7 +46,7 @@ def describe(
                 record.reasons | dict.fromkeys(skip, "the outputs of the model would differ too much"),
             )
         )
-        plain = layer.weight
+        plain = layer.kernel()
         before += _size(plain)
         after += sum(_size(tensor) for tensor in layer.held_weights())
     model.report.layers = reports

@@ -19,8 +19,10 @@ from repkern.deploy._convertible import (
     has_hooks,
     spec_of,
     why_not_conv,
+    why_not_linear,
 )
 from repkern.deploy.inference_conv import InferenceConv2d
+from repkern.deploy.inference_linear import InferenceLinear
 from repkern.nn.fold import fuse_bn
 
 __all__ = ["Untraceable", "fuse_graph", "keeps_meaning_channels_last", "trace"]
@@ -148,8 +150,12 @@ class _Fuser:
         calls = Counter(id(module) for _, module in nodes if module is not None)
         for node, conv in nodes:
             done = conv is not self._module(node)  # at an earlier call of the same convolution
-            if isinstance(conv, nn.Conv2d) and not done and why_not_conv(conv) is None:
+            if done:
+                continue
+            if isinstance(conv, nn.Conv2d) and why_not_conv(conv) is None:
                 self._convert(node, conv, alone=calls[id(conv)] == 1)
+            elif isinstance(conv, nn.Linear) and why_not_linear(conv) is None and self._reads_rows(node):
+                self._convert_linear(node, conv, alone=calls[id(conv)] == 1)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -185,8 +191,22 @@ class _Fuser:
         self._replace(chain, residual)
         self.fused[layer] = fused
 
-    def _put(self, target: str, conv: nn.Conv2d, layer: InferenceConv2d) -> None:
-        """In every place that the convolution has."""
+    def _reads_rows(self, node: fx.Node) -> bool:
+        """Whether a linear layer reads [N, C] here."""
+        return bool(node.args) and len(self._shapes.get(node.args[0], ())) == 2  # type: ignore[arg-type,call-overload]
+
+    def _convert_linear(self, node: fx.Node, linear: nn.Linear, alone: bool) -> None:
+        """An activation that follows goes inside as well, unless the layer is called at several places."""
+        follower = _only_user(node) if alone else None
+        activation = None if follower is None else activation_of(follower, self._module(follower))
+        layer = InferenceLinear(linear, activation or "none", self._precision)
+        layer.train(linear.training)
+        self._put(str(node.target), linear, layer)
+        self._replace([node] if follower is None or activation is None else [node, follower], None)
+        self.fused[layer] = [] if activation is None else [activation]
+
+    def _put(self, target: str, conv: nn.Module, layer: InferenceConv2d) -> None:
+        """In every place that the layer has."""
         for parent in list(self._model.modules()):
             for name, child in list(parent._modules.items()):
                 if child is conv:

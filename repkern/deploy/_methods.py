@@ -36,7 +36,7 @@ _HALF = (torch.bfloat16, torch.float16)
 class ConvSpec:
     """activation(conv2d(x, weight, bias, ...) + residual): what a layer computes. padding: zeros on both sides.
 
-    precision: "fp32", "tf32", "bf16" or "fp16", as `optimize_for_inference`.
+    precision: "fp32", "tf32", "bf16" or "fp16", as `optimize_for_inference`. linear: it stands for a linear layer.
     """
 
     in_channels: int
@@ -48,6 +48,12 @@ class ConvSpec:
     groups: int = 1
     activation: str = "none"
     precision: str = "fp32"
+    linear: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a matrix product where the map has one pixel."""
+        return self.kernel_size == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -114,6 +120,8 @@ def activate(name: str, y: Tensor, residual: Tensor | None = None) -> Tensor:
 
 def torch_conv(spec: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's convolution; on a GPU with TF32 as the precision says, whatever the global flags."""
+    if spec.is_product and x.dim() == 4 and x.shape[2:] == (1, 1):
+        return functional.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
     if x.is_cuda and x.dtype == torch.float32:
         cudnn = torch.backends.cudnn
         return torch.ops.aten._convolution.default(
@@ -144,6 +152,8 @@ _POINTWISE: dict[str, tuple[str, list[float]]] = {
 def _onednn_why_not(spec: ConvSpec, maps: Maps) -> str | None:
     if maps.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return "oneDNN runs on CPU tensors"
+    if spec.linear:
+        return "oneDNN's fused operators are for convolutions"
     if maps.dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN here is for float32 and bfloat16, not {maps.dtype}"
     return None if maps.channels_last else "its results are channels_last, the maps here are not"

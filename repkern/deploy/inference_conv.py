@@ -57,6 +57,10 @@ class InferenceConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[K, C/g, kh, kw]; a copy where the layer keeps another form."""
+        return self.kernel()
+
+    def kernel(self) -> Tensor:
+        """The weight as that of a convolution."""
         if self.plain is not None:
             return self.plain
         unpack = FORMS[self.form].unpack
@@ -67,7 +71,7 @@ class InferenceConv2d(nn.Module):
     @torch.no_grad()
     def use(self, form: str, method: str, methods: Mapping[torch.Size, str] | None = None) -> None:
         """Keep the weights in `form`, and compute by `methods` (input shape -> name), for other shapes by `method`."""
-        weight = self.weight
+        weight = self.kernel()
         self._calls = {}
         self.form, self.method, self.methods = form, method, dict(methods or {})
         self._set_weight(weight)
@@ -144,6 +148,7 @@ class InferenceConv2d(nn.Module):
     def _watched(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Through torch's dispatcher, where something looks at every operation: compilers, modes, other transforms."""
         usable = self.packed is not None and x.dtype == self._dtype and x.dim() == 4
+        usable = usable and x.shape[1] == self.spec.in_channels
         if usable and residual is not None:
             usable = residual.dtype == x.dtype and residual.shape == self.spec.output_shape(x.shape)
         if not usable or self.packed is None:
@@ -152,7 +157,7 @@ class InferenceConv2d(nn.Module):
 
     def by_torch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same by torch's convolution, for any input that it takes."""
-        return activate(self.spec.activation, torch_conv(self.spec, x, self.weight, self.bias), residual)
+        return activate(self.spec.activation, torch_conv(self.spec, x, self.kernel(), self.bias), residual)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
@@ -203,13 +208,13 @@ class InferenceConv2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """With plain weights: what is packed is of this machine and this version of repkern."""
-        buffers = self._buffers | {"plain": self.weight, "packed": None}
+        buffers = self._buffers | {"plain": self.kernel(), "packed": None}
         return self.__dict__ | {"_buffers": buffers, "_calls": {}, "_opaque": None, "chooser": None}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        weight = self.weight
+        weight = self.kernel()
         here = Maps(self._dtype, weight.device, self._channels_last)
         if METHODS[self.method].why_not(self.spec, here) is not None:
             self.form, self.method, self.methods = "plain", "torch", {}
