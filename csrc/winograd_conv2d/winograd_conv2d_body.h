@@ -2,7 +2,7 @@
 #pragma once
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "winograd_conv2d/winograd_conv2d_expand_body.h"
+#include "winograd_conv2d/winograd_conv2d_halves_body.h"
 #include "winograd_conv2d/winograd_conv2d_isa.h"
 #include "winograd_conv2d/winograd_conv2d_maps_body.h"
 #include "winograd_conv2d/winograd_conv2d_transform_body.h"
@@ -23,6 +23,8 @@ class Conv {
   using Tiles = Transform<T, M, kStride>;
   using Weights = Expand<T, M, kStride>;
   static constexpr int W = V::width, R = OneSide::kPatch, P = R * R;
+  // Most tiles for which the other side of the weights is transformed in registers, 24 sums: AVX-512.
+  static constexpr int kHalvesTiles = sizeof(Reg) == 64 && W == kWinogradLanes ? 12 : 0;
 
  public:
   Conv(const WinogradParams& p, void* workspace, int threads)
@@ -266,12 +268,54 @@ class Conv {
     }
   }
 
+  // As expand_and_multiply, for one block and few tiles.
+  void halves_and_multiply(const Range& range, int64_t block, const T* v, const Own& own) const {
+    if constexpr (kHalvesTiles > 0) {
+      constexpr int N = OneSide::kPoints, Z = PointCounts<N>::kZeros;
+      const int64_t point = plan_.cg * kWinogradLanes;
+      for (int64_t c = 0; c < plan_.cg; c += plan_.depth) {
+        const auto part = part_of(block, c, own.u);
+        Weights::run_columns(part, own.u);
+        const int64_t column = Weights::row_step(part.depth), c1 = c + part.depth;
+        const T* next = c1 < plan_.cg ? kernels(block, c1) : kernels(block + 1, 0);
+        const typename Product<T>::Chain chain{part.depth, plan_.v_row, 0, c > 0};
+        int64_t call = 0;
+        for (int a = 0; a < R; ++a) {
+          const T* h = own.u + OneSide::weight(a) * Weights::kRowVectors * column;
+          const T* from = v + a * R * plan_.v_point + c;
+          T* m = own.m + a * R * plan_.m_point;
+          const auto single = [&](int vector, int position) {
+            Product<T>::run_chain(1, range.count, chain, from + position * plan_.v_point, h + vector * column,
+                                  m + position * plan_.m_point);
+          };
+          if (Z == 1) single(3, 0);
+          for (int p = 0; p < PointCounts<N>::kPairs; ++p, ++call) {
+            const int64_t i = 2 * p + Z;
+            const PairJob<T> job{part.depth,
+                                 plan_.v_row,
+                                 plan_.v_point,
+                                 plan_.m_point,
+                                 c > 0,
+                                 from + i * plan_.v_point,
+                                 m + i * plan_.m_point,
+                                 call < 9 ? next + call * point : h};
+            Halves<T, Z, kStride>::run(range.count, job, Weights::kRows.row[p], h, column);
+          }
+          single(2, N - 1);
+          for (int odd = N; odd < R; ++odd) single(1, odd);
+        }
+      }
+    }
+  }
+
   // The outputs of one panel of group g for the tiles of `range`.
   void multiply(const Range& range, int64_t g, int64_t panel, const T* v, const Own& own) const {
     const int64_t first = plan_.blocks * panel / plan_.panels;
     const int64_t width = plan_.blocks * (panel + 1) / plan_.panels - first;
     const int64_t block = g * plan_.blocks + first;
-    if (expands()) {
+    if (expands() && width == 1 && range.count <= kHalvesTiles) {
+      halves_and_multiply(range, block, v, own);
+    } else if (expands()) {
       expand_and_multiply(range, block, width, v, own);
     } else {
       const T* u = (plan_.raw ? shared_u_ : static_cast<const T*>(p_.packed)) + block * plan_.u_block;

@@ -57,7 +57,7 @@ struct Plan {
     const int64_t weight_bytes = weights * p.c * blocks * kWinogradLanes * static_cast<int64_t>(sizeof(T));
     whole = raw && weight_bytes <= kWholeBytes;
     const bool wide_cut = level2_bytes() >= kWideCutBytes;
-    const int64_t kernel_panel = wide_cut ? 2 : 1, chain = wide_cut ? 64 : 32;
+    const int64_t kernel_panel = wide_cut ? 2 : 1, chain = wide_cut ? 64 : 48;
     panel = least(blocks, raw && !whole ? least(kernel_panel, Product<T>::kMostBlocks) : Product<T>::kMostBlocks);
     panels = ceil_div(blocks, panel);
     const int64_t tile_bytes = points * (v_row + panel * kWinogradLanes) * static_cast<int64_t>(sizeof(T));

@@ -71,11 +71,14 @@ struct Polynomials {
 
 // G of up to three taps without its last row, that of infinity: `zero` is that of 0, which has one entry; row[p] that
 // of q_p; that of -q_p differs in the sign of its middle entry, or, where there is no 0, of the others.
+struct PairRow {
+  double entry[3];
+};
 template <int N>
 struct FilterRows {
   static constexpr int H = PointCounts<N>::kPairs;
   double zero;
-  double row[H][3];
+  PairRow row[H];
 
   constexpr FilterRows() : zero(1), row{} {
     for (int p = 0; p < H; ++p) {
@@ -84,9 +87,9 @@ struct FilterRows {
       for (int o = 0; o < H; ++o) {
         if (o != p) scale *= (q - Pairs<N>::q[o]) * (q + Pairs<N>::q[o]);
       }
-      row[p][0] = 1 / scale;
-      row[p][1] = q / scale;
-      row[p][2] = q * q / scale;
+      row[p].entry[0] = 1 / scale;
+      row[p].entry[1] = q / scale;
+      row[p].entry[2] = q * q / scale;
       zero /= -q * q;
     }
   }

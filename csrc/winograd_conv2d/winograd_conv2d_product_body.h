@@ -2,6 +2,7 @@
 // kChain channels, whatever the blocking, so that results depend on nothing else.
 #pragma once
 #include "winograd_conv2d/winograd_conv2d.h"
+#include "winograd_conv2d/winograd_conv2d_rows_body.h"
 
 namespace repkern {
 namespace REPKERN_ISA_NAMESPACE {
@@ -37,7 +38,7 @@ struct Product {
   // NB blocks for NT tiles; prefetches NF blocks of the weights at `ahead`.
   template <int NB, int NT, int NF>
   static void micro(const Chain& chain, const T* v, const T* u, const T* ahead, T* m) {
-    const int64_t depth = chain.depth, v_row = chain.v_row, u_block = chain.u_block;
+    const int64_t depth = chain.depth, u_block = chain.u_block;
     constexpr int NV = NB * kVectors;
     Reg sum[NT][NV];
 #pragma GCC unroll 16
@@ -45,7 +46,8 @@ struct Product {
 #pragma GCC unroll 16
       for (int n = 0; n < NV; ++n) sum[t][n] = V::zero();
     }
-    for (int64_t c = 0; c < depth; ++c, u += kWinogradLanes) {
+    TileRows<T, NT> rows(v, chain.v_row);
+    for (int64_t c = 0; c < depth; ++c, u += kWinogradLanes, rows.advance()) {
       Reg right[NV];
 #pragma GCC unroll 16
       for (int b = 0; b < NB; ++b) {
@@ -56,7 +58,7 @@ struct Product {
       for (int b = 0; b < NF; ++b) __builtin_prefetch(ahead + b * u_block + c * kWinogradLanes, 0, 2);
 #pragma GCC unroll 16
       for (int t = 0; t < NT; ++t) {
-        const Reg left = V::set1(v[t * v_row + c]);
+        const Reg left = V::set1(rows[t]);
 #pragma GCC unroll 16
         for (int n = 0; n < NV; ++n) sum[t][n] = V::fma(left, right[n], sum[t][n]);
       }
