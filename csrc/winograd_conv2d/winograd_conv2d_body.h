@@ -34,7 +34,7 @@ class Conv {
         out_{p.k, plan_.oh, plan_.ow, p.channels_last != 0},
         activate_{static_cast<WinogradActivation>(p.activation)},
         space_(workspace) {
-    const int64_t inputs = P * plan_.v_point;
+    const int64_t inputs = plan_.v_size;
     if (plan_.whole) shared_u_ = space_.template take<T>(p.groups * plan_.blocks * plan_.u_block);
     if (joint()) shared_v_ = space_.template take<T>(p.groups * inputs);
     const size_t before = space_.used();
@@ -70,11 +70,11 @@ class Conv {
       const Range range = range_of(unit);
       parallel_for(p_.groups * plan_.vectors, threads, [&](int64_t part, int thread) {
         const int64_t g = part / plan_.vectors, vector = part % plan_.vectors;
-        read(range, g, vector, vector + 1, shared_v_ + g * P * plan_.v_point, own_of(thread));
+        read(range, g, vector, vector + 1, shared_v_ + g * plan_.v_size, own_of(thread));
       });
       parallel_for(p_.groups * plan_.panels, threads, [&](int64_t part, int thread) {
         const int64_t g = part / plan_.panels;
-        multiply(range, g, part % plan_.panels, shared_v_ + g * P * plan_.v_point, own_of(thread));
+        multiply(range, g, part % plan_.panels, shared_v_ + g * plan_.v_size, own_of(thread));
       });
     }
   }
@@ -112,7 +112,7 @@ class Conv {
 
   Own take_own() {
     Own own;
-    own.v = joint() ? nullptr : space_.template take<T>(P * plan_.v_point);
+    own.v = joint() ? nullptr : space_.template take<T>(plan_.v_size);
     own.m = space_.template take<T>(P * plan_.m_point);
     own.u = expands() ? space_.template take<T>(2 * plan_.panel * plan_.u_block) : nullptr;
     own.zeros = space_.template take<T>(plan_.vectors * W);
@@ -142,7 +142,11 @@ class Conv {
     }
   }
 
-  // v [P][tile][channel] of `vectors` from `begin` to `end` of group g.
+  // Where channel i of a group, the first of a vector, is in v [span][P][tile][channel]: the channels that a chain of
+  // products reads follow each other in the order of its passes, so that they stream into the first cache.
+  int64_t v_offset(int64_t i) const { return i / plan_.span * plan_.v_span + i % plan_.span; }
+
+  // v of `vectors` from `begin` to `end` of group g.
   void read(const Range& range, int64_t g, int64_t begin, int64_t end, T* v, const Own& own) const {
     const bool direct = Map::kOwn && in_.channels_last;
     const int64_t whole = direct ? least(end, plan_.cg / W) : begin;
@@ -160,7 +164,7 @@ class Conv {
         for (int64_t j = 0; j < run.count; ++j) {
           const T* strip = own.strip + j * OneSide::kStep * W;
           Tiles::input([=](int y, int x) { return V::load(strip + (y * cols + x) * W); },
-                       v + (t + j) * plan_.v_row + vector * W, plan_.v_point);
+                       v + (t + j) * plan_.v_row + v_offset(vector * W), plan_.v_point);
         }
       }
     });
@@ -175,7 +179,7 @@ class Conv {
       const T* from = x + in_.offset(run.n, channel, h, w);
       for (int64_t i = begin; i < end; i += W) {
         const T* here = from + i;
-        Tiles::input([=](int y, int k) { return V::load(here + y * row + k * c); }, v + i, plan_.v_point);
+        Tiles::input([=](int y, int k) { return V::load(here + y * row + k * c); }, v + v_offset(i), plan_.v_point);
       }
       return;
     }
@@ -187,7 +191,7 @@ class Conv {
       }
     }
     for (int64_t i = begin; i < end; i += W) {
-      Tiles::input([&](int y, int k) { return V::load(at[y * R + k] + i); }, v + i, plan_.v_point);
+      Tiles::input([&](int y, int k) { return V::load(at[y * R + k] + i); }, v + v_offset(i), plan_.v_point);
     }
   }
 
@@ -255,8 +259,8 @@ class Conv {
         const T* weights = u + weight_of(i) * plan_.u_point;
         const typename Product<T>::Chain chain{
             depth, plan_.v_row, plan_.u_block, c > 0, streams, ask ? point : 0, ask ? next + i * streams * point : u};
-        Product<T>::run_chain(width, range.count, chain, v + i * plan_.v_point + c, weights, own.m + i * plan_.m_point,
-                              [&] {
+        Product<T>::run_chain(width, range.count, chain, v + v_offset(c) + i * plan_.v_point, weights,
+                              own.m + i * plan_.m_point, [&] {
                                 const int64_t end = least(done + step, vectors);
                                 Weights::run(part, done, end);
                                 done = end;
@@ -282,7 +286,7 @@ class Conv {
         int64_t call = 0;
         for (int a = 0; a < R; ++a) {
           const T* h = own.u + OneSide::weight(a) * Weights::kRowVectors * column;
-          const T* from = v + a * R * plan_.v_point + c;
+          const T* from = v + v_offset(c) + a * R * plan_.v_point;
           T* m = own.m + a * R * plan_.m_point;
           const auto single = [&](int vector, int position) {
             Product<T>::run_chain(1, range.count, chain, from + position * plan_.v_point, h + vector * column,

@@ -24,7 +24,8 @@ struct Plan {
   static constexpr int64_t kSharedTiles = 32, kRepeatingThreads = 4;
   // Kernels that are transformed on the way: all at once where that takes at most kWholeBytes; else `chain` channels of
   // `kernel_panel` blocks, twice, which leaves room for kKernelBlockBytes in a second cache of 2 MiB. In one of 1 MiB
-  // the wide cut would push the maps out (192 channels of 14x14, batch 1, 2 threads: 0.35 and 0.28 ms).
+  // the wide cut would push the maps out (192 channels of 14x14, batch 1, 2 threads: 0.35 and 0.28 ms); maps stream
+  // from the third cache then, and large blocks transform kernels less often (batch 8: F5 1.57 and 1.45 ms).
   static constexpr int64_t kWholeBytes = 5 << 18, kKernelBlockBytes = 5 << 18, kWideCutBytes = 3 << 19;
 
   int64_t oh, ow, rows, columns, tiles;  // of the output; tiles per column, per row, of all images
@@ -35,6 +36,7 @@ struct Plan {
   bool raw, whole;                       // packed holds kernels; they are transformed all before the tiles
   int64_t depth;                         // most channels of a chain whose kernels are transformed at once
   int64_t v_row, v_point, m_point;       // elements from tile to tile, from point to point
+  int64_t span, v_span, v_size;          // channels of v that lie together; elements to the next ones; of all of v
   int64_t u_point, u_block;              // of transformed weights: from point to point, from block to block
   int64_t strip;                         // most columns of a strip of tiles
 
@@ -50,9 +52,6 @@ struct Plan {
     kg = p.k / p.groups;
     vectors = ceil_div(cg, W);
     blocks = ceil_div(kg, kWinogradLanes);
-    v_row = vectors * W;
-    // Rows that are a multiple of 2 KiB apart would share a few sets of the first cache.
-    if (v_row * sizeof(T) % 2048 == 0) v_row += kLine;
     raw = p.points != weights;
     const int64_t weight_bytes = weights * p.c * blocks * kWinogradLanes * static_cast<int64_t>(sizeof(T));
     whole = raw && weight_bytes <= kWholeBytes;
@@ -60,13 +59,19 @@ struct Plan {
     const int64_t kernel_panel = wide_cut ? 2 : 1, chain = wide_cut ? 64 : 48;
     panel = least(blocks, raw && !whole ? least(kernel_panel, Product<T>::kMostBlocks) : Product<T>::kMostBlocks);
     panels = ceil_div(blocks, panel);
-    const int64_t tile_bytes = points * (v_row + panel * kWinogradLanes) * static_cast<int64_t>(sizeof(T));
     const int64_t chains = ceil_div(cg, chain);
-    depth = raw && !whole ? ceil_div(cg, chains) : cg;
+    depth = raw && !whole ? ceil_div(ceil_div(cg, chains), kWinogradLanes) * kWinogradLanes : cg;
+    span = raw && !whole ? depth : vectors * W;
+    v_row = span;
+    // Rows that are a multiple of 2 KiB apart would share a few sets of the first cache.
+    if (v_row * sizeof(T) % 2048 == 0) v_row += kLine;
+    const int64_t spans = ceil_div(vectors * W, span);
+    const int64_t tile_bytes = points * (spans * v_row + panel * kWinogradLanes) * static_cast<int64_t>(sizeof(T));
     u_point = raw ? apart(depth * kWinogradLanes) : cg * kWinogradLanes;
     u_block = weights * u_point;
     const bool large = weight_bytes > kCachedWeightBytes;
-    const int64_t bytes = raw && !whole ? kKernelBlockBytes : large ? kLargeBlockBytes : kBlockBytes;
+    const int64_t kernel_bytes = wide_cut ? kKernelBlockBytes : 2 * kKernelBlockBytes;
+    const int64_t bytes = raw && !whole ? kernel_bytes : large ? kLargeBlockBytes : kBlockBytes;
     const int64_t most = most_of(least(bytes / tile_bytes, kMostTiles), 12);
     shared = threads > 1 && tiles < kSharedTiles * threads && blocks * p.groups > 1;
     repeated = shared && threads <= kRepeatingThreads;
@@ -75,12 +80,14 @@ struct Plan {
       divide_outputs(p.groups, threads);
     } else {
       count = ceil_div(tiles, most);
-      if (count > 1) count = ceil_div(count, threads) * threads;
+      if (count > 1 || tiles >= kSharedTiles * threads) count = ceil_div(count, threads) * threads;
     }
     count = least(count, tiles);
     block = ceil_div(tiles, count);
     count = ceil_div(tiles, block);
     v_point = apart(block * v_row);
+    v_span = points * v_point;
+    v_size = spans * v_span;
     m_point = apart(block * panel * kWinogradLanes);
     strip = (least(block, columns) - 1) * m * p.stride + patch;
   }
