@@ -92,6 +92,11 @@ class InferenceConv2d(nn.Module):
                 return tensor
         raise AssertionError("a layer always has weights")
 
+    def hold_packed(self, packed: Tensor) -> None:
+        """Keep these instead of the packed weights, which they equal."""
+        self.packed = packed
+        self._calls = {}
+
     def held_weights(self) -> list[Tensor]:
         """All that the layer keeps of its weights."""
         return [tensor for tensor in (self.plain, self.packed, self._opaque) if tensor is not None]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from repkern.deploy._arena import gather_weights
+from repkern.deploy.inference_conv import InferenceConv2d
 from repkern.deploy.report import OptimizeReport
 from repkern.nn.verify import floating_tensors
 
@@ -112,6 +114,7 @@ class InferenceModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()  # a graph that was pickled comes back with dictionaries of its own
+        gather_weights(layer for layer in self.modules() if isinstance(layer, InferenceConv2d))
 
     def extra_repr(self) -> str:
         """How many layers use which method."""

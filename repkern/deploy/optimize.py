@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from repkern.deploy._arena import gather_weights
 from repkern.deploy._cache import TimingCache
 from repkern.deploy._choice import ACCURACIES, Chooser, Rules, decide
 from repkern.deploy._convertible import why_not_conv
@@ -275,3 +276,4 @@ def _choose(
         skip += [name for name, method in METHODS.items() if method.tile == tile]
         report.notes.append(f"Winograd F{tile} is not used: outputs differed by {report.difference:.1e}")
     describe(model, layers, chooser.records, stepped, skip)
+    gather_weights(layers)

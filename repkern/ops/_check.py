@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from repkern.ops._huge_pages import HUGE_PAGE, advise
+
 __all__ = [
     "DTYPE_CODE",
     "addresses",
@@ -111,8 +113,12 @@ def workspace(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _aligned(size: int, device: torch.device) -> torch.Tensor:
-    raw = empty((size + 64,), torch.uint8, device)
-    offset = -raw.data_ptr() % 64
+    large = device.type == "cpu" and size >= HUGE_PAGE
+    alignment = HUGE_PAGE if large else 64
+    raw = empty((-(-size // alignment) * alignment + alignment,), torch.uint8, device)
+    if large:
+        advise(raw)
+    offset = -raw.data_ptr() % alignment
     return raw[offset : offset + size]
 
 
