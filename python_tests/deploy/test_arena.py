@@ -1,6 +1,7 @@
 """Packed weights side by side in large pages: the same values, one piece of memory, copies and files included."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -37,7 +38,7 @@ def test_all_layers_share_one_piece_of_memory(fast):
     starts = [layer.packed.data_ptr() for layer in layers(fast)]
     assert len({layer.packed.untyped_storage().data_ptr() for layer in layers(fast)}) == 1
     assert starts[0] % HUGE_PAGE == 0
-    assert all(after - before == 128 * 128 * 9 * 4 for before, after in zip(starts, starts[1:], strict=False))
+    assert all(after - before == 128 * 128 * 9 * 4 for before, after in itertools.pairwise(starts))
 
 
 def test_values_survive_moving_copying_and_files(fast):

@@ -89,7 +89,7 @@ def test_tf32_rounds_both_factors(sample: Sample) -> None:
     if not is_transformed(packed):
         packed = reference.winograd_transform_weight(reference.unpack_weight(packed, outputs), tile, groups)
     own = matrices(tile)
-    size = reference.tiled_product(x.abs(), packed.abs(), outputs, padding, groups, own.a.abs(), own.b.abs())
+    size = reference.tiled_product(x.abs(), packed.abs(), own.a.abs(), own.b.abs(), outputs, padding, groups, 1)
     bound = error_bounds(OP, sample, torch.float32)[0] + _SLOPE * (2 * TF32_ROUNDOFF + TF32_ROUNDOFF**2) * size
     with tf32(True):
         got = run(sample)
