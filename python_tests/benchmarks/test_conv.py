@@ -185,7 +185,7 @@ def test_command(tmp_path):
     [
         (["--layer", "64"], "channels,size"),
         (["--filter", "nothing"], "there are: c64_112_n1"),
-        (["--tile", "3"], "2, 4, 6"),
+        (["--tile", "3"], "2, 4, 5, 6"),
         (["--isa", "sse"], "avx512, avx2"),
         (["--precision", "int8"], "fp32, tf32"),
         (["--device", "tpu"], "cpu or cuda"),
