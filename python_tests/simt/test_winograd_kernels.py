@@ -117,7 +117,7 @@ def test_accuracy(tile: int, dtype: torch.dtype, tf32_allowed: bool, channels: i
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.parametrize("tile", [2, 4, 5, 6])
 def test_half_maps(tile: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     x, residual = (maps(2, c, 9, 11, seed=c).to(dtype).contiguous(memory_format=memory_format) for c in (6, 10))
     weight, bias = maps(10, 3, 3, 3, seed=1).to(dtype), maps(10, seed=2).to(dtype)
@@ -158,7 +158,7 @@ def test_pointers_that_are_not_16_byte_aligned(tile: int, path: str, monkeypatch
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.parametrize("tile", [2, 4, 5, 6])
 def test_packed_kernels_give_the_bits_of_transformed_ones(tile: int) -> None:
     x, weight = maps(1, 8, 6, 7).float(), maps(36, 4, 3, 3, seed=1).float()
     with use_backend("simt"):
