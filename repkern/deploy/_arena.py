@@ -22,7 +22,7 @@ def gather_weights(layers: Iterable[InferenceConv2d]) -> None:
     if sum(sizes) < HUGE_PAGE:
         return
     raw = torch.empty(sum(sizes) + HUGE_PAGE, dtype=torch.uint8)
-    advise(raw)
+    advise(raw.data_ptr(), raw.nbytes)
     at = -raw.data_ptr() % HUGE_PAGE
     for (layer, tensor), size in zip(packed, sizes, strict=True):
         place = raw[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

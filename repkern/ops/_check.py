@@ -117,7 +117,7 @@ def _aligned(size: int, device: torch.device) -> torch.Tensor:
     alignment = HUGE_PAGE if large else 64
     raw = empty((-(-size // alignment) * alignment + alignment,), torch.uint8, device)
     if large:
-        advise(raw)
+        advise(raw.data_ptr(), raw.nbytes)
     offset = -raw.data_ptr() % alignment
     return raw[offset : offset + size]
 

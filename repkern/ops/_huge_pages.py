@@ -9,8 +9,6 @@ import functools
 import sys
 from collections.abc import Callable
 
-import torch
-
 __all__ = ["HUGE_PAGE", "advise"]
 
 HUGE_PAGE = 2 << 20
@@ -29,10 +27,10 @@ def _madvise() -> Callable[..., int] | None:
     return function  # type: ignore[no-any-return]
 
 
-def advise(fresh: torch.Tensor) -> None:
-    """Ask for large pages where `fresh` covers them whole; nothing was written there yet. Refusal changes nothing."""
+def advise(address: int, size: int) -> None:
+    """Ask for large pages where `size` fresh bytes from `address` on cover them whole. Refusal changes nothing."""
     madvise = _madvise()
-    begin = -(-fresh.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    end = (fresh.data_ptr() + fresh.nbytes) // HUGE_PAGE * HUGE_PAGE
+    begin = -(-address // HUGE_PAGE) * HUGE_PAGE
+    end = (address + size) // HUGE_PAGE * HUGE_PAGE
     if madvise is not None and end > begin:
         madvise(begin, end - begin, _MADV_HUGEPAGE)

@@ -61,6 +61,7 @@ _packed_op = define_op(
     fake=_fake_conv,
     inference_only=_INSTEAD,
 )
+# The CUDA and Triton kernels are of stride 1: on a GPU a network has few layers of stride 2, and cuDNN for them.
 _stride2_op = define_op(
     OP,
     "winograd_stride2_conv2d_packed",
