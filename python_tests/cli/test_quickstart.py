@@ -150,5 +150,4 @@ def test_a_real_signal_leaves_a_resumable_run(tmp_path, number):
     assert process.returncode == 130, (lines, out, err)
     assert "Interrupted. Every finished epoch is safe" in out
     assert err == ""
-    # The first, unless this process was late and newer ones took its place.
-    assert list((tmp_path / "run/plain/checkpoints").glob("epoch_0*"))
+    assert (tmp_path / "run/plain/checkpoints/epoch_0001").is_dir()
