@@ -26,6 +26,7 @@ from repkern.deploy.inference_conv import InferenceConv2d
 from repkern.deploy.inference_model import InferenceModel
 from repkern.deploy.report import OptimizeReport
 from repkern.nn import reparameterize
+from repkern.nn._surgery import copied_model
 from repkern.nn.verify import Example, arguments, floating_tensors
 
 __all__ = ["PRECISIONS", "optimize_for_inference"]
@@ -184,7 +185,7 @@ def _make(
             return made._replace(difference=difference)
         failures.append(_failure(traced, option, f"outputs differ by {difference:.1e}"))
     report.notes = [*failures, "nothing was exchanged"]
-    return _Made(_wrapped(copy.deepcopy(base), inner, report), {}, 0.0)
+    return _Made(_wrapped(copied_model(base), inner, report), {}, 0.0)
 
 
 def _failure(traced: bool, option: bool, why: str) -> str:
@@ -196,7 +197,7 @@ def _failure(traced: bool, option: bool, why: str) -> str:
 def _attempt(
     base: nn.Module, args: Sequence[Any], inner: torch.dtype | None, report: OptimizeReport, traced: bool, option: bool
 ) -> _Made:
-    model = copy.deepcopy(base)
+    model = copied_model(base)
     inside = [arg.to(inner) if inner and isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
     if not traced:
         body, layers = convert_modules(model, report.precision, neighbours=option)

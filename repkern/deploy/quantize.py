@@ -17,7 +17,7 @@ from repkern.deploy.export import _anonymous, _batches, _trace
 from repkern.deploy.quantize_torchao import LEAST_SCALE, Scheme, quiet, torchao_module, x86_quantizer
 from repkern.models.files import replaced
 from repkern.nn import ConvNormAct, reparameterize
-from repkern.nn._surgery import replace_modules
+from repkern.nn._surgery import copied_model, replace_modules
 from repkern.nn.reparameterize import is_block
 
 __all__ = [
@@ -289,7 +289,7 @@ def images_of(batches: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu()
+    return copied_model(model).cpu()
 
 
 def _branches_folded(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._weight_hooks import current_bias, current_weight
 from repkern.ops.compose_sequential import compose_sequential as _compose_kernels
 from repkern.ops.orepa_squeeze.prior import dct_filter as dct_kernel
 
@@ -47,12 +48,13 @@ def fuse_bn(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tenso
         raise ValueError(f"fuse_bn: the norm has {mean.shape[0]} channels but the weight has {weight.shape[0]} outputs")
     wide = torch.float32 if weight.dtype in _HALF else weight.dtype
     factor = torch.rsqrt(var.to(wide) + own.eps)
-    if own.weight is not None:
-        factor = factor * own.weight.to(wide)
+    gamma, beta = current_weight(norm), current_bias(norm)
+    if gamma is not None:
+        factor = factor * gamma.to(wide)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
     shift = shift * factor
-    if own.bias is not None:
-        shift = shift + own.bias.to(wide)
+    if beta is not None:
+        shift = shift + beta.to(wide)
     per_output = factor.reshape(-1, *[1] * (weight.dim() - 1))
     return (weight.to(wide) * per_output).to(weight.dtype), shift.to(weight.dtype)
 

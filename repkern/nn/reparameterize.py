@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repkern.nn._surgery import replace_modules
+from repkern.nn._surgery import copied_model, replace_modules
 from repkern.nn.block import RepBlock
 from repkern.nn.group import ungroup_squeeze
 from repkern.nn.verify import Example, Reference, ReparameterizeReport, check_in_float64, check_same_function
@@ -62,9 +61,9 @@ def reparameterize(
     for text in _doubts_about(model):
         report.warnings.append(text)
         warnings.warn(f"reparameterize: {text}", UserWarning, stacklevel=2)
-    if not inplace:
-        model = copy.deepcopy(model)
     try:
+        if not inplace:
+            model = copied_model(model)
         reference = None if verify is None else Reference(model, verify)
         if reference is not None:
             reference.require_finite()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repkern.nn._surgery import names_of_modules
+from repkern.nn._surgery import copied_model, names_of_modules
 
 __all__ = [
     "Difference",
@@ -195,7 +194,7 @@ class Reference:
 
     def _run_in_float64(self, model: nn.Module) -> None:
         try:
-            double = copy.deepcopy(model).double()
+            double = copied_model(model).double()
             self.exact = _run(double, _double(self.args))
             self.double = double
         except Exception:  # user code may insist on a dtype, and a device may lack float64

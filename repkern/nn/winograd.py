@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repkern.nn._weight_hooks import current_bias, current_weight
 from repkern.ops import winograd_conv2d_packed, winograd_transform_weight
 from repkern.ops.winograd_conv2d import ACTIVATIONS, TILES
 
@@ -100,9 +101,9 @@ class WinogradConv2d(nn.Conv2d):
             activation=activation,
         )
         with torch.no_grad():
-            made.weight.copy_(conv.weight)
-            if conv.bias is not None:
-                made.bias.copy_(conv.bias)
+            made.weight.copy_(current_weight(conv))
+            if made.bias is not None:
+                made.bias.copy_(current_bias(conv))
         return made.train(conv.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]

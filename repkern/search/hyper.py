@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repkern.models.checkpoints.scales import SCALE_NAMES, named_as_in
-from repkern.nn._surgery import replace_modules
+from repkern.nn._surgery import copied_model, replace_modules
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.convert import _why_not
 from repkern.nn.csla import CSLABlock
@@ -52,7 +51,7 @@ class HyperSearch:
         inplace: bool = False,
     ) -> None:
         model = unwrapped(model)
-        self.model = model if inplace else copy.deepcopy(model)
+        self.model = model if inplace else copied_model(model)
         chosen = _chosen(self.model, where)
         depth = depths(chosen)
         rule = 1.0 if isinstance(initial, Mapping) else initial
