@@ -91,8 +91,8 @@ def copied_model(model: _Module) -> _Module:
         return copy.deepcopy(model, dict(computed))
     except Exception as problem:  # what a user's class does when it is copied is unknown
         raise ValueError(
-            f"the model cannot be copied, because of {_culprit(model, computed)}: {type(problem).__name__}: {problem}; "
-            "let the model itself be changed (inplace=True, where there is that option), or first remove what is in the "
+            f"the model cannot be copied because of {_culprit(model, computed)}: {type(problem).__name__}: {problem}; "
+            "let the model itself be changed (inplace=True, where there is that option) or first remove what is in the "
             "way (pruning by torch.nn.utils.prune.remove)"
         ) from problem
 

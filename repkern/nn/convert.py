@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from repkern.nn import fold
-from repkern.nn._follow import norms_after
+from repkern.nn._follow import Followers, norms_after
 from repkern.nn._surgery import replace_modules
 from repkern.nn.block import RepBlock
 from repkern.nn.orepa import OREPAConv2d
@@ -57,8 +57,10 @@ def replace_convs(
     preserve: the new block starts as exactly the old function (in eval mode, within rounding): its origin kernel takes
     what the other branches do not give. Without it the block has fresh initial values.
     fold_norm: for blocks that end in a norm of their own; the BatchNorm that follows a replaced convolution becomes
-    part of the block and an nn.Identity takes its place, instead of normalizing twice. Found by tracing the model, or
-    in plain nn.Sequential parents where tracing fails. ValueError for a block without a norm.
+    part of the block and an nn.Identity takes its place, instead of normalizing twice. Found by tracing the model in
+    train and in eval mode. Where such a norm may not be the only reader of the convolution (a hook on it, another use
+    of its output, code that cannot be traced) or has no running statistics, both are left, with the reason in
+    `report.skipped`. ValueError for a block without a norm.
     report: filled with what was replaced and what was left, and why; it is logged as well.
 
     Hooks, training flag, device, dtype, requires_grad and sharing of modules are kept. Returns the model; when the
@@ -74,13 +76,15 @@ def replace_convs(
             f"fold_norm=True needs a block with a norm of its own; {name} has none, and without the norm that follows "
             "it, training diverges (paper, Table 3): leave fold_norm=False, or use OREPABlock"
         )
-    norms = norms_after(model) if fold_norm else {}
+    norms, doubtful = norms_after(model) if fold_norm else Followers({}, {})
     new_of: dict[int, nn.Module] = {}
     for name, conv in _convolutions(model):
         norm_name, norm = norms.get(id(conv), ("", None))
         reason = _why_not(conv, model)
         if reason is None and where is not None and not where(name, conv):
             reason = "not picked by `where`"
+        if reason is None:
+            reason = doubtful.get(id(conv))
         if reason is None:
             reason = _try_to_make(block, conv, norm, preserve, new_of)
         if reason is not None:

@@ -114,7 +114,9 @@ def _as_layer(name: str, module: Any) -> Layer | None:
 
 def is_default_choice(model: nn.Module) -> dict[str, bool]:
     """Layer -> whether a search takes it when nothing else is asked: trained 3x3 kernels that a BatchNorm follows."""
-    followed = norms_after(model) if any(isinstance(layer.module, nn.Conv2d) for layer in layers_of(model)) else {}
+    plain = any(isinstance(layer.module, nn.Conv2d) for layer in layers_of(model))
+    # Others that read the convolution's output do not matter: a search changes neither it nor the norm.
+    followed = {conv for found in norms_after(model) for conv in found} if plain else set()
     return {
         layer.name: layer.weight.requires_grad
         and layer.weight.shape[-1] == 3
