@@ -45,16 +45,16 @@ def test_every_mismatch_is_listed_and_the_model_untouched():
     model = net()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     state = {name: t + 1 for name, t in net().state_dict().items()}
-    del state["0.conv.origin"], state["2.bias"]
+    del state["0.conv.origin.weight"], state["2.bias"]
     state["head.weight"] = torch.zeros(2)
-    state["0.conv.avg"] = torch.zeros(6, 5)
+    state["0.conv.avg.weight"] = torch.zeros(6, 5)
     with pytest.raises(ValueError) as caught:
         load_checkpoint(state, model)
     for text in (
-        "missing: 0.conv.origin",
+        "missing: 0.conv.origin.weight.weight",
         "missing: 2.bias",
         "unexpected: head.weight",
-        "0.conv.avg: (6, 5), the model has (6, 4)",
+        "0.conv.avg.weight: (6, 5), the model has (6, 4)",
     ):
         assert text in str(caught.value)
     for name, tensor in model.state_dict().items():
@@ -149,15 +149,15 @@ def test_a_deep_stem_in_float32_keeps_the_default_prior_filters():
     ours = OREPAConv2d(4, 6, 3, bias=False)
     k = 3
     released = {
-        "weight_orepa_origin": ours.origin,
-        "weight_orepa_avg_conv": ours.avg[:, :, None, None],
-        "weight_orepa_pfir_conv": ours.prior[:, :, None, None],
-        "weight_orepa_1x1": ours.pointwise[:, :, None, None],
-        "weight_orepa_1x1_kxk_idconv1": ours.reduce[:, :, None, None],
-        "weight_orepa_1x1_kxk_conv2": ours.expand,
-        "weight_orepa_gconv_dw": ours.depthwise[:, None],
-        "weight_orepa_gconv_pw": ours.project[:, :, None, None],
-        "vector": ours.scale,
+        "weight_orepa_origin": ours.origin.weight,
+        "weight_orepa_avg_conv": ours.avg.weight[:, :, None, None],
+        "weight_orepa_pfir_conv": ours.prior.weight[:, :, None, None],
+        "weight_orepa_1x1": ours.pointwise.weight[:, :, None, None],
+        "weight_orepa_1x1_kxk_idconv1": ours.reduce.weight[:, :, None, None],
+        "weight_orepa_1x1_kxk_conv2": ours.expand.weight,
+        "weight_orepa_gconv_dw": ours.depthwise.weight[:, None],
+        "weight_orepa_gconv_pw": ours.project.weight[:, :, None, None],
+        "vector": ours._scale_rows(),
         "weight_orepa_avg_avg": torch.full((k, k), 1 / 9),
         "weight_orepa_prior": ours.prior_filter,
         "id_tensor": torch.eye(4)[:, :, None, None],
@@ -170,7 +170,7 @@ def test_a_deep_stem_in_float32_keeps_the_default_prior_filters():
     assert not any("prior_filter" in name for name in converted)
     factor = OREPAConv2d(4, 6, 3, bias=False)
     factor.load_state_dict({name.removeprefix("stem.factors.1."): t for name, t in converted.items() if ".1." in name})
-    ours.origin.data.copy_(second["weight_orepa_origin"])
+    ours.origin.weight.data.copy_(second["weight_orepa_origin"])
     torch.testing.assert_close(factor.squeezed_kernel(), ours.squeezed_kernel().flip(-2, -1), rtol=1e-5, atol=1e-6)
 
 
@@ -179,7 +179,7 @@ def test_prior_filters_other_than_the_papers_travel_in_the_state_dict():
     assert "prior_filter" not in source.state_dict()
     default = source.prior_filter.clone()
     source.set_prior_filter(torch.randn(5, 3, 3))
-    source.scale.data.fill_(1)
+    source.scale.weight.data.fill_(1)
     load_checkpoint(source.state_dict(), target)
     assert torch.equal(target.squeezed_kernel(), source.squeezed_kernel())
     assert "prior_filter" in target.state_dict()

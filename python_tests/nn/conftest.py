@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import repkern
+from repkern.nn.branch_weight import BranchWeight
 from repkern.testing import assert_close
 
 
@@ -23,11 +24,11 @@ def randomized(block):
             module.num_batches_tracked.fill_(1)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, 0, 0.2)
-    for name, parameter in block.named_parameters():
-        if name.endswith("scale"):
-            torch.nn.init.uniform_(parameter, 0.2, 1.0)
-        if name.endswith(("reduce", "prior")):
-            torch.nn.init.normal_(parameter, 0, 0.1)
+    for name, holder in block.named_modules():
+        if isinstance(holder, BranchWeight) and name.endswith("scale"):
+            torch.nn.init.uniform_(holder.weight, 0.2, 1.0)
+        if isinstance(holder, BranchWeight) and name.endswith(("reduce", "prior")):
+            torch.nn.init.normal_(holder.weight, 0, 0.1)
     return block
 
 

@@ -56,7 +56,7 @@ def test_preserve_gives_the_old_kernel_within_rounding():
     weight, bias = new.equivalent_kernel_bias()
     # One rounding of origin, then the squeeze's: in units of the branches' size, which is what cancels.
     unit = torch.finfo(torch.float32).eps
-    assert_close(weight, conv.weight, 64 * unit * largest(new.origin), "kernel")
+    assert_close(weight, conv.weight, 64 * unit * largest(new.origin.weight), "kernel")
     assert torch.equal(bias, conv.bias)
 
 
@@ -156,7 +156,7 @@ def test_the_root_itself():
     assert isinstance(new, OREPAConv2d)
     plain = reparameterize(new.eval())
     assert type(plain) is nn.Conv2d
-    assert_close(plain.weight, conv.weight, 1e-14 * largest(new.origin) * 16, "round trip")
+    assert_close(plain.weight, conv.weight, 1e-14 * largest(new.origin.weight) * 16, "round trip")
 
 
 def test_flags_dtype_and_requires_grad_are_kept(net):
@@ -167,7 +167,7 @@ def test_flags_dtype_and_requires_grad_are_kept(net):
     replace_convs(model)
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert not any(p.requires_grad for p in model.stem.parameters())
-    assert model.head.origin.requires_grad
+    assert model.head.origin.weight.requires_grad
     assert not model.head.bias.requires_grad
     assert model.stem.training
     assert not model.body[0].conv1.training

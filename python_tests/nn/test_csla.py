@@ -12,11 +12,11 @@ GEOMETRY = (4, 4, 2, 3, 1, None, 1, "zeros")
 
 def scaled_branches(block, explicit):
     def expected(x):
-        y = explicit.convolved(block, x, block.dense.weight) * block.dense_scale[:, None, None]
+        y = explicit.convolved(block, x, block.dense.weight) * block.dense_scale.weight[:, None, None]
         if block.pointwise is not None:
-            y = y + explicit.convolved(block, x, block.pointwise.weight) * block.pointwise_scale[:, None, None]
+            y = y + explicit.convolved(block, x, block.pointwise.weight) * block.pointwise_scale.weight[:, None, None]
         if block.identity_scale is not None:
-            y = y + x * block.identity_scale[:, None, None]
+            y = y + x * block.identity_scale.weight[:, None, None]
         y = explicit.normed(y, block.bn)
         return y if block.activation is None else block.activation(y)
 
@@ -50,8 +50,8 @@ def test_trained_by_sgd_it_is_the_plain_kernel_with_multiplied_gradients(explici
     ones = torch.ones(4, dtype=torch.float64)
     pad = [1] * 4
     identity = functional.pad(torch.diag_embed(ones.view(2, 2)).flatten(0, 1)[:, :, None, None], pad)
-    multiplier = block.dense_scale[:, None, None, None].square() * torch.ones_like(block.dense.weight)
-    square = block.pointwise_scale[:, None, None, None].square() * torch.ones_like(block.pointwise.weight)
+    multiplier = block.dense_scale.weight[:, None, None, None].square() * torch.ones_like(block.dense.weight)
+    square = block.pointwise_scale.weight[:, None, None, None].square() * torch.ones_like(block.pointwise.weight)
     multiplier = (multiplier + functional.pad(square, pad) + identity).detach()
     plain = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False, dtype=torch.float64)
     plain.weight.data.copy_(block.summed_kernel())
@@ -68,14 +68,17 @@ def test_trained_by_sgd_it_is_the_plain_kernel_with_multiplied_gradients(explici
         ours.step()
         theirs.step()
     same(block.summed_kernel(), plain.weight, 1e-12, "kernel after 4 steps")
-    assert not torch.equal(block.identity_scale, torch.ones_like(block.identity_scale))
+    assert not torch.equal(
+        block.identity_scale.weight,
+        torch.ones(len(block.identity_scale.weight), dtype=block.identity_scale.weight.dtype),
+    )
 
 
 def test_initial_scales():
     block = CSLABlock(4, 4, 3, dense_scale=0.5, pointwise_scale=torch.arange(4.0), identity_scale=-1)
-    assert block.dense_scale.tolist() == [0.5] * 4
-    assert block.pointwise_scale.tolist() == [0, 1, 2, 3]
-    assert block.identity_scale.tolist() == [-1] * 4
+    assert block.dense_scale.weight.tolist() == [0.5] * 4
+    assert block.pointwise_scale.weight.tolist() == [0, 1, 2, 3]
+    assert block.identity_scale.weight.tolist() == [-1] * 4
     with pytest.raises(ValueError, match=r"dense_scale must be a number or \[4\], got \(3,\)"):
         CSLABlock(4, 4, 3, dense_scale=torch.ones(3))
     with pytest.raises(ValueError, match="train_scales must be one of all, identity, none, got 'some'"):
@@ -95,7 +98,7 @@ def test_in_a_pretrained_net(explicit, randomize, same):
     from repkern import replace_convs
 
     net = replace_convs(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), CSLABlock)
-    assert [net[0].dense_scale.requires_grad, net[0].identity_scale.requires_grad] == [False, True]
+    assert [net[0].dense_scale.weight.requires_grad, net[0].identity_scale.weight.requires_grad] == [False, True]
 
 
 def test_a_scale_of_zero_cannot_start_as_a_given_convolution():

@@ -25,7 +25,8 @@ def test_arguments_are_those_of_a_convolution(kind):
     assert block.bias is None
     assert isinstance(block.fuse(), nn.Conv2d)
     assert block.fuse().bias is None
-    assert set(kind(4, 8, 3).state_dict()) - {"identity_scale", "scale"} == {"weight", "bias"}
+    scales = {"identity_scale.weight", "scale.weight"}
+    assert set(kind(4, 8, 3).state_dict()) - scales == {"deviation.weight", "bias"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,10 +39,10 @@ def test_the_kernel(kind, ci, co, groups, randomize, same):
     for group in range(groups):
         to, since = group * co // groups, group * ci // groups
         passed[:, to : to + same_channels] = x[:, since : since + same_channels]
-    weight, scale, kept = block.weight, 1.0, 1.0
+    weight, scale, kept = block.deviation.weight, 1.0, 1.0
     if kind is DiracConv2d:
         weight = weight / weight.square().sum((1, 2, 3), keepdim=True).sqrt()
-        scale, kept = block.scale[:, None, None], block.identity_scale[:, None, None]
+        scale, kept = block.scale.weight[:, None, None], block.identity_scale.weight[:, None, None]
     wanted = kept * passed + scale * functional.conv2d(x, weight, None, 1, 1, 1, groups) + block.bias[:, None, None]
     output = block(x)
     same(output, wanted, 1e-13, "output")
@@ -55,8 +56,8 @@ def test_the_kernel(kind, ci, co, groups, randomize, same):
 
 def test_published_initial_values():
     block = DiracConv2d(64, 64, 3)
-    assert (block.identity_scale == 1).all()
-    assert_close(block.scale, torch.full((64,), 0.1), 0, "scale")
+    assert (block.identity_scale.weight == 1).all()
+    assert_close(block.scale.weight, torch.full((64,), 0.1), 0, "scale")
     identity = nn.init.dirac_(torch.empty(64, 64, 3, 3))
     assert_close((block.kernel() - identity).flatten(1).norm(dim=1), torch.full((64,), 0.1), 1e-6, "the rest")
     trivial = TrivialRepConv2d(64, 64, 3)
@@ -91,7 +92,7 @@ def test_in_a_pretrained_net(kind, same):
 def test_a_kernel_that_is_the_scaled_identity(same):
     block = DiracConv2d(3, 3, 3, bias=False, **F64)
     block.set_equivalent_kernel_bias(nn.init.dirac_(torch.empty(3, 3, 3, 3, **F64)), None)
-    assert not block.scale.any()
-    assert block.weight.all()
-    with pytest.raises(ValueError, match="DiracConv2d without a bias cannot take over one"):
+    assert not block.scale.weight.any()
+    assert block.deviation.weight.all()
+    with pytest.raises(ValueError, match="this DiracConv2d has no bias to take the wanted one"):
         block.set_equivalent_kernel_bias(torch.zeros(3, 3, 3, 3), torch.ones(3))

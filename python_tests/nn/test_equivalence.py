@@ -58,7 +58,7 @@ def test_scalings(scaling, k, randomize, same):
     block = randomize(OREPAConv2d(4, 6, k, padding=k // 2, scaling=scaling, dtype=torch.float64))
     check_fused(block, images(4), same)
     shape = {"vector": (len(block.branches), 6), "scalar": (len(block.branches), 1), "none": None}[scaling]
-    assert (None if block.scale is None else tuple(block.scale.shape)) == shape
+    assert (None if block.scale is None else tuple(block._scale_rows().shape)) == shape
 
 
 @pytest.mark.parametrize("activation", [torch.nn.ReLU(), torch.nn.Hardswish()])
@@ -90,29 +90,29 @@ def filters_on_maps(x, filters):
 def explicit_branches(conv, x):
     """The six branches as layers on feature maps. x is padded already, so that no branch pads in between."""
     g, k, ci = conv.groups, conv.kernel_size[0], conv.in_channels
-    eye = torch.zeros_like(conv.reduce)
+    eye = torch.zeros_like(conv.reduce.weight)
     at = torch.arange(eye.shape[0])
     eye[at, at % (conv.internal_channels // g) % (ci // g)] = 1
 
     def one_by_one(y, weight):
         return functional.conv2d(y, weight[:, :, None, None], groups=g)
 
-    reduce = conv.reduce + eye if conv.identity_reduce else conv.reduce
+    reduce = conv.reduce.weight + eye if conv.identity_reduce else conv.reduce.weight
     outputs = {
-        "origin": functional.conv2d(x, conv.origin, groups=g),
-        "1x1-KxK": functional.conv2d(one_by_one(x, reduce), conv.expand, groups=g),
+        "origin": functional.conv2d(x, conv.origin.weight, groups=g),
+        "1x1-KxK": functional.conv2d(one_by_one(x, reduce), conv.expand.weight, groups=g),
     }
     if k > 1:
         half = k // 2
         outputs |= {
-            "avg": functional.avg_pool2d(one_by_one(x, conv.avg), k, 1),
-            "prior": filters_on_maps(one_by_one(x, conv.prior), conv.prior_filter),
-            "1x1": one_by_one(x, conv.pointwise)[..., half:-half, half:-half],
-            "dw-pw": one_by_one(functional.conv2d(x, conv.depthwise[:, None], groups=ci), conv.project),
+            "avg": functional.avg_pool2d(one_by_one(x, conv.avg.weight), k, 1),
+            "prior": filters_on_maps(one_by_one(x, conv.prior.weight), conv.prior_filter),
+            "1x1": one_by_one(x, conv.pointwise.weight)[..., half:-half, half:-half],
+            "dw-pw": one_by_one(functional.conv2d(x, conv.depthwise.weight[:, None], groups=ci), conv.project.weight),
         }
     total = None
     for row, branch in enumerate(conv.branches):
-        scale = conv.scale[row] if conv.scale is not None else torch.ones(1, dtype=x.dtype)
+        scale = conv._scale_rows()[row] if conv.scale is not None else torch.ones(1, dtype=x.dtype)
         scaled = outputs[branch] * scale.reshape(-1, 1, 1)
         total = scaled if total is None else total + scaled
     return total + conv.bias.reshape(-1, 1, 1)

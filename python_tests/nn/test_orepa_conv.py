@@ -114,7 +114,7 @@ def test_an_empty_batch(kind):
 
 def test_nan_parameters_go_through():
     conv = OREPAConv2d(4, 6, 3)
-    conv.reduce.data[0, 0] = float("nan")
+    conv.reduce.weight.data[0, 0] = float("nan")
     assert conv(images()).isnan().any()
 
 
@@ -134,12 +134,12 @@ def test_initial_values_are_the_papers():
     expected = {"origin": 0.25, "avg": 0.5, "prior": 0.0, "1x1-KxK": 0.5, "1x1": 1.0, "dw-pw": 0.5}
     assert conv.branches == tuple(expected)
     for row, branch in enumerate(conv.branches):
-        assert torch.equal(conv.scale[row], torch.full((64,), expected[branch])), branch
-    assert not conv.reduce.any()
+        assert torch.equal(conv._scale_rows()[row], torch.full((64,), expected[branch])), branch
+    assert not conv.reduce.weight.any()
     assert conv.identity_reduce
     fan_in = {"origin": 576, "avg": 64, "prior": 64, "pointwise": 64, "expand": 576, "depthwise": 9, "project": 512}
     for name, fan in fan_in.items():  # kaiming-uniform, a=0: U(-b, b) with b = sqrt(6 / fan)
-        weight, bound = getattr(conv, name), math.sqrt(6 / fan)
+        weight, bound = getattr(conv, name).weight, math.sqrt(6 / fan)
         assert weight.abs().max() <= bound
         assert rms(weight) == pytest.approx(bound / math.sqrt(3), rel=0.05), name
     # field measurement of the released code at 64 -> 64, whose pooling branch is half as large
@@ -149,13 +149,13 @@ def test_initial_values_are_the_papers():
 @pytest.mark.parametrize(("ci", "co", "groups"), [(16, 32, 1), (32, 16, 1), (16, 16, 1), (16, 32, 2), (32, 16, 4)])
 def test_rep_1x1_starts_as_the_released_one(ci, co, groups):
     conv = OREPAConv2d(ci, co, 1, groups=groups)
-    assert torch.equal(conv.scale[:, 0], torch.tensor([1.0, 0.5]))
+    assert torch.equal(conv._scale_rows()[:, 0], torch.tensor([1.0, 0.5]))
     assert conv.internal_channels == min(ci, co)
     # One of the two 1x1 layers is an identity, so their product is the other.
-    other = conv.expand.flatten(1) if co > ci else conv.reduce
-    product = (conv.squeezed_kernel() - conv.origin).flatten(1)
+    other = conv.expand.weight.flatten(1) if co > ci else conv.reduce.weight
+    product = (conv.squeezed_kernel() - conv.origin.weight).flatten(1)
     torch.testing.assert_close(product, 0.5 * other, rtol=1e-6, atol=1e-7)
-    assert rms(conv.origin) == pytest.approx(math.sqrt(1 / (ci // groups)), rel=0.15)
+    assert rms(conv.origin.weight) == pytest.approx(math.sqrt(1 / (ci // groups)), rel=0.15)
 
 
 def test_scaling_none_starts_as_the_same_kernel():
@@ -295,7 +295,7 @@ def test_half_precision_modules(dtype):
     output = conv(x)
     assert output.dtype is dtype
     output.sum().backward()
-    assert conv.origin.grad.dtype is dtype
+    assert conv.origin.weight.grad.dtype is dtype
     assert conv.fuse().weight.dtype is dtype
     assert torch.equal(conv.fuse()(x), output)
 
@@ -318,7 +318,7 @@ def test_no_gradient_is_needed_anywhere():
 
 def test_partly_frozen_branches():
     conv = OREPAConv2d(4, 6, 3)
-    conv.origin.requires_grad_(False)
+    conv.origin.weight.requires_grad_(False)
     conv(images()).sum().backward()
-    assert conv.origin.grad is None
-    assert conv.expand.grad.any()
+    assert conv.origin.weight.grad is None
+    assert conv.expand.weight.grad.any()

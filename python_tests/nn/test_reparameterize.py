@@ -81,7 +81,7 @@ def test_a_norm_without_statistics_is_refused():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_verify_names_parameters_that_are_not_finite(net, trained, value, x):
     model = trained(replace_convs(net()))
-    model.body[1][0].conv2.expand.data[0, 0, 0, 0] = value
+    model.body[1][0].conv2.expand.weight.data[0, 0, 0, 0] = value
     reparameterize(model)
     with pytest.raises(ValueError, match=r"body\.1\.0\.conv2\.expand"):
         reparameterize(model, verify=x)

@@ -147,7 +147,7 @@ def test_other_precisions_are_held_to_their_own_rounding(model, x, dtype):
 
 
 def test_outputs_that_are_infinite_before_conversion_are_an_error(model, x):
-    model.linear.scale.fill_(1e30)
+    model.linear.scale.weight.fill_(1e30)
     with pytest.raises(ValueError, match=r"training form itself gives NaN or infinite values on the example.*float32"):
         reparameterize(model, verify=x * 1e30)
 

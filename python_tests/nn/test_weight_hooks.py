@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from repkern import reparameterize
-from repkern.nn import DiracConv2d, OREPABlock, WinogradConv2d, fold
+from repkern.nn import OREPABlock, WinogradConv2d, fold
 from repkern.nn._surgery import copied_model, move_hooks
 from repkern.nn._weight_hooks import bias_in_forward, current_bias, current_weight, weight_in_forward
 from repkern.testing import assert_close
@@ -185,7 +185,7 @@ def test_what_cannot_be_copied_is_named_with_what_to_do(randomize):
 
 
 def test_hooks_that_compute_the_weight_of_what_is_replaced_do_not_move():
-    block, plain = DiracConv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+    block, plain = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
     prune.l1_unstructured(block, "weight", 0.5)
     seen = []
     block.register_forward_pre_hook(lambda module, args: seen.append(module))

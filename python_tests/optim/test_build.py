@@ -104,10 +104,10 @@ def test_it_is_the_network_of_the_search_at_its_start():
         for name, block in blocks.items():
             for part in ("dense_scale", "pointwise_scale", "identity_scale"):
                 if getattr(block, part) is not None:
-                    getattr(block, part).copy_(scales[f"{name}.{part}"])
-                    getattr(block, part).requires_grad_(part == "identity_scale")
+                    getattr(block, part).weight.copy_(scales[f"{name}.{part}"])
+                    getattr(block, part).weight.requires_grad_(part == "identity_scale")
             if block.identity_scale is not None:
-                block.identity_scale.fill_(1)
+                block.identity_scale.weight.fill_(1)
     optimizer = from_scales(model, scales, lr=0.01, momentum=0.9, initialize="none", weight_decay=1e-3)
     with torch.no_grad():
         for name, block in blocks.items():
@@ -291,11 +291,12 @@ def test_weight_decay_groups():
     model[1].conv.requires_grad_(False)
     decayed, others = weight_decay_groups(model, 0.1)
     assert [name for name, _ in decayed["params"]] == [
-        "0.identity_scale", "0.dense.weight", "0.pointwise.weight", "2.weight",
+        "0.identity_scale.weight", "0.dense.weight", "0.pointwise.weight", "2.weight",
     ]  # fmt: skip
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert {name for name, _ in others["params"]} == {
-        "0.dense_scale", "0.pointwise_scale", "0.bn.weight", "0.bn.bias", "1.bn.weight", "1.bn.bias", "2.bias",
+        "0.dense_scale.weight", "0.pointwise_scale.weight", "0.bn.weight", "0.bn.bias", "1.bn.weight", "1.bn.bias",
+        "2.bias",
     }  # fmt: skip
     baseline = dict(weight_decay_groups(create_model("repvgg_a0", width=0.125), 0.1)[0]["params"])
     assert "stages.0.1.identity_bn.weight" in baseline

@@ -81,8 +81,8 @@ def test_the_network_around_stays():
     x = torch.randn(2, 1, 8, 8)
     expected = model.stages[1].conv2(x := torch.randn(2, 8, 4, 4))
     block = blocks["stages.1.conv2"]
-    s = block.dense_scale[:, None, None]
-    branches = s * expected + block.pointwise_scale[:, None, None] * block.pointwise(x) + x
+    s = block.dense_scale.weight[:, None, None]
+    branches = s * expected + block.pointwise_scale.weight[:, None, None] * block.pointwise(x) + x
     assert torch.allclose(block(x), branches, atol=1e-5)
     assert HyperSearch(model, inplace=True).model is model
     assert isinstance(model.stem[0], CSLABlock)
@@ -95,7 +95,7 @@ def test_a_search_with_any_loop():
     search = HyperSearch(model)
     groups = search.parameter_groups(1e-3)
     decayed = {name for name, _ in groups[0]["params"]}
-    assert "stages.0.conv1.identity_scale" in decayed
+    assert "stages.0.conv1.identity_scale.weight" in decayed
     assert not any(name.endswith(("dense_scale", "pointwise_scale", "norm1.weight")) for name in decayed)
     optimizer = torch.optim.SGD(groups, 0.1, momentum=0.9, nesterov=True)
     start = search.scales()

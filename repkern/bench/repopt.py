@@ -170,8 +170,10 @@ def _share(branched: nn.Module, plain: nn.Module) -> dict[str, torch.Tensor]:
             continue
         for scale in (block.dense_scale, block.pointwise_scale):
             if scale is not None:
-                scale.uniform_(0.5, 1.5)
+                scale.weight.uniform_(0.5, 1.5)
         parts = {part: getattr(block, part) for part in ("dense_scale", "pointwise_scale", "identity_scale")}
-        scales |= {f"{name}.{part}": scale.detach().clone() for part, scale in parts.items() if scale is not None}
+        scales |= {
+            f"{name}.{part}": scale.weight.detach().clone() for part, scale in parts.items() if scale is not None
+        }
         plain.get_parameter(f"{name}.conv.weight").copy_(block.summed_kernel())
     return scales

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from repkern.nn.block import RepBlock
+from repkern.nn.branch_weight import BranchWeight
 
 __all__ = ["apply_changes", "changes_between"]
 
@@ -129,6 +130,8 @@ def _arguments(name: str, module: nn.Module, kind: type[nn.Module]) -> _Spec:
         if parameter.name in _NOT_STRUCTURE or not hasattr(module, parameter.name):
             continue
         value = getattr(module, parameter.name)
+        if isinstance(value, BranchWeight) or (value is None and parameter.name in module._modules):
+            continue  # an initial value, which the weights of the file take the place of
         if isinstance(value, torch.Tensor) or (parameter.name == "bias" and value is None):
             value = value is not None
         if isinstance(value, nn.Module):

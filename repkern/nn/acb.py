@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._weight_hooks import current_weight
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, fuse_bn
 from repkern.nn.geometry import Pair, check_geometry
@@ -92,15 +93,9 @@ class ACBlock(NormedSumBlock):
             branches.append(Branch(self.horizontal_bn, self._horizontal_map, cheap=True))
         return branches
 
-    def _main_kernel(self) -> Tensor:
-        return self.dense.weight
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        self.dense.weight.copy_(weight)
-
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
         folded: list[KernelBias] = []
         for line, norm, across in ((self.vertical, self.vertical_bn, 1), (self.horizontal, self.horizontal_bn, 0)):
             if line is not None and norm is not None:
-                folded.append(fuse_bn(pad_line(line.weight.to(like.dtype), across), None, norm))
+                folded.append(fuse_bn(pad_line(current_weight(line).to(like.dtype), across), None, norm))
         return folded

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from repkern.nn.agreement import agreed, disagrees, push, rewritten
+from repkern.nn.branch_weight import named_as_now
 from repkern.nn.fold import KernelBias
-from repkern.nn.geometry import Geometry
+from repkern.nn.geometry import Geometry, same_padding
 
-__all__ = ["RepBlock"]
+__all__ = ["RepBlock", "rename_earlier"]
+
+_FIXED = frozenset(("in_channels", "out_channels", "kernel_size", "groups"))
+_REWRITABLE = frozenset(("stride", "padding", "dilation", "padding_mode"))
+
+
+def _one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which under torch.fx's symbolic tracing stands for one call of the module instead of being traced."""
+
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tracer = next((value.tracer for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)), None)
+        if tracer is None:
+            return forward(self, *args, **kwargs)
+        return tracer.create_proxy("call_module", _path_in(tracer, self), args, kwargs)
+
+    # Each class gets code of its own: torch.compile counts recompilations by code, and all blocks would share this.
+    code = wrapped.__code__.replace(co_name=forward.__qualname__)
+    own = types.FunctionType(code, wrapped.__globals__, forward.__name__, closure=wrapped.__closure__)
+    return functools.wraps(forward)(own)
+
+
+def _path_in(tracer: Any, block: nn.Module) -> str:
+    """The name of `block` in what is traced; a block that is traced by itself becomes the child `block`."""
+    if tracer.root is not block:
+        return str(tracer.path_of_module(block))
+    holder = nn.Module()
+    holder.add_module("block", block)
+    holder.training = block.training
+    tracer.root = holder
+    return "block"
 
 
 class RepBlock(nn.Module):
@@ -21,10 +54,15 @@ class RepBlock(nn.Module):
 
     Subclasses implement `_fold()`; nothing else is needed for `repkern.reparameterize` to handle them.
     Attributes as in nn.Conv2d: in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode.
+    stride, padding, dilation and padding_mode may be rewritten: the convolutions inside follow. So may those of all
+    convolutions inside alike, which the block follows; ValueError in forward and `fuse()` when they disagree. The other
+    attributes cannot change: ValueError. torch.fx's symbolic tracing takes a block as one module call.
     """
 
     #: Whether the block ends in a norm of its own (so one that follows it in the user's net is a second one).
     has_norm: bool = True
+    #: What parameters were called in state_dicts of earlier versions -> the submodule that holds them now.
+    _earlier_names: dict[str, str] = {}  # noqa: RUF012
 
     in_channels: int
     out_channels: int
@@ -35,17 +73,59 @@ class RepBlock(nn.Module):
     groups: int
     padding_mode: str
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            cls.forward = _one_node(vars(cls)["forward"])  # type: ignore[method-assign]
+
     def __init__(self, geometry: Geometry, activation: nn.Module | None = None) -> None:
-        super().__init__()
-        for name, value in zip(geometry._fields[:-1], geometry, strict=False):
-            setattr(self, name, value)
-        self._pad = geometry.pad
-        reach = (self.dilation[0] * (self.kernel_size[0] // 2), self.dilation[1] * (self.kernel_size[1] // 2))
-        # What the centre of the kernel sees beyond the input; negative: it sees less than the whole input.
-        self._margin = (self._pad[0] - reach[0], self._pad[1] - reach[1])
+        nn.Module.__init__(self)
+        self._take(geometry)
         if activation is not None and not isinstance(activation, nn.Module):
             raise TypeError(f"activation must be an nn.Module instance or None, got {activation!r}")
         self.activation = activation
+
+    def _take(self, geometry: Geometry) -> None:
+        """Have this geometry, in the attributes that nn.Conv2d has."""
+        for name, value in zip(geometry._fields[:-1], geometry, strict=False):
+            self.__dict__[name] = value
+        self._geometry = geometry
+        self._pad = geometry.pad
+        reach = same_padding(geometry.kernel_size, geometry.dilation)
+        # What the centre of the kernel sees beyond the input; negative: it sees less than the whole input.
+        self._margin = (self._pad[0] - reach[0], self._pad[1] - reach[1])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _REWRITABLE:
+            self._take(rewritten(self._geometry, **{name: value}))
+            push(self, self._geometry)
+        elif name in _FIXED and value != getattr(self, name):
+            raise ValueError(
+                f"{name} of a {type(self).__name__} is {getattr(self, name)} and cannot become {value!r}: its "
+                "parameters are made for it; make a new block"
+            )
+        elif name not in _FIXED:
+            super().__setattr__(name, value)
+
+    def _settle(self) -> None:
+        """Follow the convolutions inside where they were rewritten. ValueError when no geometry fits them all."""
+        for child in self._modules.values():
+            if isinstance(child, RepBlock):
+                child._settle()
+        if disagrees(self, self._geometry):
+            self._take(agreed(self, self._geometry))
+            push(self, self._geometry)
+        if self._adds_input and not self._keeps_positions:
+            raise ValueError(
+                f"{type(self).__name__} adds its input to the output, which needs stride 1 and padding = dilation * "
+                f"(K // 2); now stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, "
+                f"kernel_size={self.kernel_size}"
+            )
+
+    @property
+    def _adds_input(self) -> bool:
+        """Whether there is an identity branch, for which the output's pixels must lie on the input's."""
+        return False
 
     def _fold(self) -> KernelBias:
         """(weight, bias or None) of the equivalent convolution, differentiable where the block's parameters are."""
@@ -61,6 +141,7 @@ class RepBlock(nn.Module):
 
         The bias is zeros where the block has none. Differentiable.
         """
+        self._settle()
         weight, bias = self._fold()
         return weight, weight.new_zeros(self.out_channels) if bias is None else bias
 
@@ -104,6 +185,7 @@ class RepBlock(nn.Module):
         Same dtype, device and training flag; its parameters require gradients if any of the block's does.
         Batch norms are folded with their running statistics. The block itself is left as it is.
         """
+        self._settle()
         weight, bias = self._fold()
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         conv = nn.utils.skip_init(
@@ -163,6 +245,7 @@ class RepBlock(nn.Module):
         return functional.pad(x, (width, width, height, height), mode=self.padding_mode)
 
     def _check_input(self, x: Tensor) -> None:
+        self._settle()
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
                 f"{type(self).__name__}: the input must be [(N,) {self.in_channels}, H, W], got {tuple(x.shape)}"
@@ -170,6 +253,10 @@ class RepBlock(nn.Module):
 
     def _activate(self, x: Tensor) -> Tensor:
         return x if self.activation is None else self.activation(x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        named_as_now(state_dict, prefix, self, self._earlier_names)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """As nn.Conv2d prints itself."""
@@ -183,3 +270,12 @@ class RepBlock(nn.Module):
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
         return text
+
+
+def rename_earlier(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A state_dict of `model`, with the names of today for parameters that earlier versions called otherwise."""
+    state = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, RepBlock):
+            named_as_now(state, f"{name}." if name else "", module, module._earlier_names)
+    return state

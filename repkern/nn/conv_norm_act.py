@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from repkern.nn.geometry import Pair, check_geometry
-from repkern.nn.normed_sum import wide
+from repkern.nn.normed_sum import set_kernel, wide_kernel
 from repkern.nn.orepa_block import _NormedBlock
 
 __all__ = ["ConvNormAct"]
@@ -48,7 +48,7 @@ class ConvNormAct(_NormedBlock):
         return self.conv(x)
 
     def _wide_kernel(self) -> Tensor:
-        return wide(self.conv.weight)
+        return wide_kernel(self.conv)
 
     def _set_kernel(self, weight: Tensor) -> None:
-        self.conv.weight.copy_(weight)
+        set_kernel(self.conv, weight)

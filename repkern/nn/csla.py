@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from repkern.nn.fold import pad_to
+from repkern.nn._weight_hooks import current_weight, weight_in_forward
+from repkern.nn.branch_weight import BranchWeight, write_weight
+from repkern.nn.fold import pad_to, wide
 from repkern.nn.geometry import Pair, check_dtype, check_geometry
-from repkern.nn.normed_sum import plain_conv, wide
+from repkern.nn.normed_sum import plain_conv
 from repkern.nn.orepa_block import _NormedBlock
 
 __all__ = ["TRAIN_SCALES", "CSLABlock"]
@@ -29,13 +33,14 @@ class CSLABlock(_NormedBlock):
 
     train_scales: one of `TRAIN_SCALES`; the other scales are parameters that require no gradient.
     dense_scale, pointwise_scale, identity_scale: initial values, a number or a tensor [Co].
-    Submodules and parameters: `dense`, `pointwise`, `bn`, and the scales [Co]; what is absent is None.
+    Submodules: `dense`, `pointwise`, `bn`, and `dense_scale`, `pointwise_scale`, `identity_scale`, each of which holds
+    its scale [Co] as `weight`; what is absent is None.
     Input [N, Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
     """
 
-    dense_scale: nn.Parameter
-    pointwise_scale: nn.Parameter | None
-    identity_scale: nn.Parameter | None
+    dense_scale: BranchWeight
+    pointwise_scale: BranchWeight | None
+    identity_scale: BranchWeight | None
 
     def __init__(
         self,
@@ -73,28 +78,37 @@ class CSLABlock(_NormedBlock):
         present = (True, self.pointwise is not None, self._keeps_positions)
         given = (dense_scale, pointwise_scale, identity_scale)
         for name, value, is_there in zip(_SCALES, given, present, strict=True):
-            self.register_parameter(name, self._scale(name, value) if is_there else None)
+            self.register_module(name, self._scale(name, value) if is_there else None)
+        # First, where they were before they were modules: optimizers number their states by the parameters' order.
+        self._modules = {name: self._modules[name] for name in _SCALES} | self._modules
 
-    def _scale(self, name: str, value: float | Tensor) -> nn.Parameter:
+    def _scale(self, name: str, value: float | Tensor) -> BranchWeight:
         scale = torch.ones_like(self.dense.weight[:, 0, 0, 0]).detach()
         start = torch.as_tensor(value, dtype=scale.dtype, device=scale.device).detach()
         if start.dim() > 1 or start.numel() not in (1, scale.numel()):
             raise ValueError(f"{name} must be a number or [{scale.numel()}], got {tuple(start.shape)}")
         trained = self.train_scales == "all" or (self.train_scales == "identity" and name == "identity_scale")
-        return nn.Parameter(scale * start, requires_grad=trained)
+        return BranchWeight(scale * start, requires_grad=trained)
+
+    @property
+    def _adds_input(self) -> bool:
+        return self.identity_scale is not None
 
     def summed_kernel(self) -> Tensor:
         """[Co, Ci/g, K, K]: the kernel before the norm, with a gradient to every kernel and trained scale."""
         return self._wide_kernel().to(self.dense.weight.dtype)
 
     def _wide_kernel(self) -> Tensor:
-        """In at least float32."""
-        kernel, scale = wide(self.dense.weight), wide(self.dense_scale)[:, None, None, None]
+        """In at least float32, as folded."""
+        return self._summed(current_weight)
+
+    def _summed(self, weight_of: Callable[[nn.Module], Tensor]) -> Tensor:
+        kernel, scale = wide(weight_of(self.dense)), wide(self.dense_scale.weight)[:, None, None, None]
         centre: Tensor | None = None
         if self.pointwise is not None and self.pointwise_scale is not None:
-            centre = wide(self.pointwise.weight) * wide(self.pointwise_scale)[:, None, None, None]
+            centre = wide(weight_of(self.pointwise)) * wide(self.pointwise_scale.weight)[:, None, None, None]
         if self.identity_scale is not None:
-            blocks = torch.diag_embed(wide(self.identity_scale).unflatten(0, (self.groups, -1)))
+            blocks = torch.diag_embed(wide(self.identity_scale.weight).unflatten(0, (self.groups, -1)))
             diagonal = blocks.flatten(0, 1)[:, :, None, None]
             centre = diagonal if centre is None else centre + diagonal
         if centre is None:
@@ -104,12 +118,16 @@ class CSLABlock(_NormedBlock):
             centre = centre.contiguous(memory_format=torch.channels_last)
         return torch.addcmul(centre, kernel, scale)
 
+    def _forward_kernel(self) -> Tensor:
+        kernel = self._summed(weight_in_forward)
+        return kernel.to(self.dense.weight.dtype)
+
     def _convolved(self, x: Tensor) -> Tensor:
-        return self._conv(x, self.summed_kernel(), None)
+        return self._conv(x, self._forward_kernel(), None)
 
     def _set_kernel(self, weight: Tensor) -> None:
-        scale = self.dense_scale.double()
+        scale = self.dense_scale.weight.double()
         if not scale.all():
             raise ValueError("`dense_scale` is 0 for a channel, so no kernel behind it gives the wanted one")
-        rest = self._wide_kernel().double() - self.dense.weight.double() * scale[:, None, None, None]
-        self.dense.weight.copy_((weight.double() - rest) / scale[:, None, None, None])
+        rest = self._wide_kernel().double() - current_weight(self.dense).double() * scale[:, None, None, None]
+        write_weight(self.dense, (weight.double() - rest) / scale[:, None, None, None])

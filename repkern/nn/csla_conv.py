@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repkern.nn.csla import CSLABlock
-from repkern.nn.fold import KernelBias
 from repkern.nn.geometry import Pair
+from repkern.nn.kernel_conv import KernelConv2d
 
 __all__ = ["CSLAConv2d"]
 
 
-class CSLAConv2d(CSLABlock):
+class CSLAConv2d(KernelConv2d, CSLABlock):  # type: ignore[misc]
     """dense_scale * KxK(x) + pointwise_scale * 1x1(x) [+ identity_scale * x] [+ bias]: CSLABlock without its norm.
 
     nn.Conv2d's signature and meaning, for a Hyper-Search in a network whose norms stay where they are. train_scales and
-    the scales as in `CSLABlock`; there is no activation. Parameters: those of a CSLABlock, and bias [Co] or None.
+    the scales as in `CSLABlock`; there is no activation. Submodules: those of a CSLABlock but the norm. Parameter: bias
+    [Co] or None. `weight` is the summed kernel, and may be written: see `KernelConv2d`.
     Input [N, Ci, H, W] or [Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
     """
-
-    has_norm = False
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -46,7 +42,8 @@ class CSLAConv2d(CSLABlock):
         pointwise_scale: float | Tensor = 1.0,
         identity_scale: float | Tensor = 1.0,
     ) -> None:
-        super().__init__(
+        CSLABlock.__init__(
+            self,
             in_channels,
             out_channels,
             kernel_size,
@@ -63,55 +60,20 @@ class CSLAConv2d(CSLABlock):
             dtype=dtype,
         )
         del self.bn
-        own = torch.empty_like(self.dense_scale) if bias else None
-        self.register_parameter("bias", None if own is None else nn.Parameter(own))
+        own = torch.empty_like(self.dense_scale.weight) if bias else None
+        self._register_bias(None if own is None else nn.Parameter(own))
         if own is not None:
             bound = 1 / math.sqrt(self.dense.weight[0].numel())
             nn.init.uniform_(own, -bound, bound)
 
-    @property
-    def _deployed_bias(self) -> bool:
-        return self.bias is not None
+    def kernel(self) -> Tensor:
+        """[Co, Ci/g, K, K], with a gradient to every kernel and trained scale."""
+        return self.summed_kernel()
+
+    def _solve(self, weight: Tensor) -> None:
+        """Solve for the dense kernel. ValueError where dense_scale is 0."""
+        self._set_kernel(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[(N,) Ci, H, W] -> [(N,) Co, H', W']."""
-        return self._conv(x, self.summed_kernel(), self.bias)
-
-    def _fold(self) -> KernelBias:
-        return self.summed_kernel(), self.bias
-
-    def adopt_norm(self, norm: nn.Module) -> bool:
-        """False: there is no norm inside."""
-        return False
-
-    @torch.no_grad()
-    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Solve for the dense kernel. ValueError for a bias where the block has none, and for a dense_scale of 0."""
-        if self.bias is None and bias is not None and bias.any():
-            raise ValueError(f"{type(self).__name__} without a bias cannot take over one")
-        self._set_kernel(weight)
-        if self.bias is not None:
-            self.bias.copy_(torch.zeros_like(self.bias) if bias is None else bias)
-
-    @torch.no_grad()
-    def set_kernel_before_norm(self, weight: Tensor, bias: Tensor | None) -> None:
-        """The same: there is no norm inside."""
-        self.set_equivalent_kernel_bias(weight, bias)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> CSLAConv2d:
-        """A fresh CSLAConv2d with the arguments, dtype and device of `conv`, and other `options`."""
-        return cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            conv.weight.device,
-            conv.weight.dtype,
-            **options,
-        )
+        return self._conv(x, self._forward_kernel(), self.bias)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repkern.nn._pointwise import pointwise_map
+from repkern.nn._weight_hooks import current_weight, weight_in_forward
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, compose_sequential, fuse_bn, pad_to
 from repkern.nn.geometry import Geometry, Pair, check_geometry
@@ -111,7 +112,10 @@ class DiverseBranchBlock(NormedSumBlock):
             else nn.Conv2d(ci, internal, 1, groups=groups, bias=False, **factory)
         )
         self.reduce_bn = nn.BatchNorm2d(internal, **factory)
-        self.expand = plain_conv(geometry._replace(in_channels=internal), **factory)
+        # It reads a map that is padded already.
+        self.expand = plain_conv(
+            geometry._replace(in_channels=internal, padding=(0, 0), padding_mode="zeros"), **factory
+        )
         self.expand_bn = nn.BatchNorm2d(co, **factory)
 
     def _branches(self) -> list[Branch]:
@@ -122,7 +126,7 @@ class DiverseBranchBlock(NormedSumBlock):
             branches.append(Branch(self.avg_bn, self._average_map(), cheap=True))
         remake = self.recompute == "cheap"
         inner = InnerNorm(self, self.reduce, self.reduce_bn, self.expand_bn, self.border, remake)
-        make = functools.partial(inner.convolve, weight=self.expand.weight, groups=self.groups)
+        make = functools.partial(inner.convolve, weight=weight_in_forward(self.expand), groups=self.groups)
         return [*branches, Branch(self.expand_bn, make)]
 
     def _pointwise_map(self, x: Tensor) -> Tensor:
@@ -137,22 +141,16 @@ class DiverseBranchBlock(NormedSumBlock):
         inner = InnerNorm(self, self.avg, self.avg_inner_bn, self.avg_bn, self.border)
         return functools.partial(inner.convolve, weight=kernel, groups=channels)
 
-    def _main_kernel(self) -> Tensor:
-        return self.dense.weight
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        self.dense.weight.copy_(weight)
-
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
         k, dtype = self.kernel_size[0], like.dtype
         folded: list[KernelBias] = []
         if self.pointwise is not None and self.pointwise_bn is not None:
-            folded.append(fuse_bn(pad_to(self.pointwise.weight.to(dtype), k), None, self.pointwise_bn))
+            folded.append(fuse_bn(pad_to(current_weight(self.pointwise).to(dtype), k), None, self.pointwise_bn))
         if self.avg_bn is not None:
             folded.append(fuse_bn(*self._folded_average(like), self.avg_bn))
-        reduce = self.reduce.kernel() if isinstance(self.reduce, IdentityPointwise) else self.reduce.weight
+        reduce = self.reduce.kernel() if isinstance(self.reduce, IdentityPointwise) else current_weight(self.reduce)
         inner = fuse_bn(reduce.to(dtype), None, self.reduce_bn)
-        composed = compose_sequential(inner, (self.expand.weight.to(dtype), None), groups=self.groups)
+        composed = compose_sequential(inner, (current_weight(self.expand).to(dtype), None), groups=self.groups)
         folded.append(fuse_bn(*composed, self.expand_bn))
         return folded
 
@@ -160,4 +158,4 @@ class DiverseBranchBlock(NormedSumBlock):
         k = self.kernel_size[0]
         if self.avg is None or self.avg_inner_bn is None:
             return averaging_kernel(self.out_channels, k, like), None
-        return averaged(fuse_bn(self.avg.weight.to(like.dtype), None, self.avg_inner_bn), k)
+        return averaged(fuse_bn(current_weight(self.avg).to(like.dtype), None, self.avg_inner_bn), k)

@@ -27,6 +27,7 @@ __all__ = [
     "identity_kernel",
     "pad_to",
     "response_to_constant",
+    "wide",
 ]
 
 KernelBias = tuple[Tensor, Tensor | None]
@@ -57,6 +58,11 @@ def fuse_bn(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tenso
         shift = shift + beta.to(wide)
     per_output = factor.reshape(-1, *[1] * (weight.dim() - 1))
     return (weight.to(wide) * per_output).to(weight.dtype), shift.to(weight.dtype)
+
+
+def wide(weight: Tensor) -> Tensor:
+    """The kernel in the dtype that branches are folded in: at least float32, so that half types round once."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def add_branches(branches: Sequence[KernelBias]) -> KernelBias:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Geometry", "Pair", "check_dtype", "check_geometry"]
+__all__ = ["Geometry", "Pair", "check_dtype", "check_geometry", "same_padding"]
 
 Pair = int | tuple[int, int]
+# Far beyond any image, and sums and products of two still fit 64 bits.
+_LARGEST = 2**31 - 1
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -43,6 +45,8 @@ def _pair(name: str, value: Pair, lowest: int) -> tuple[int, int]:
     pair = (_integer(name, items[0]), _integer(name, items[1]))
     if min(pair) < lowest:
         raise ValueError(f"{name} must be at least {lowest}, got {value!r}")
+    if max(pair) > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST}, got {value!r}")
     return pair
 
 
@@ -62,12 +66,17 @@ def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, in
     counts = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
     checked = [_integer(name, value) for name, value in counts.items()]
     for name, value in zip(counts, checked, strict=True):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 1 <= value <= _LARGEST:
+            raise ValueError(f"{name} must be at least 1 and at most {_LARGEST}, got {value}")
     for name, value in zip(("in_channels", "out_channels"), checked, strict=False):
         if value % checked[2]:
             raise ValueError(f"{name} (={value}) must be divisible by groups (={checked[2]})")
     return checked[0], checked[1], checked[2]
+
+
+def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    """The padding that keeps the size at stride 1: what an odd kernel sees to either side of its centre."""
+    return dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2)
 
 
 def check_geometry(
@@ -89,7 +98,7 @@ def check_geometry(
     strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-    same = (dilations[0] * (kernel[0] // 2), dilations[1] * (kernel[1] // 2))
+    same = same_padding(kernel, dilations)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"padding must be 'same', 'valid' or numbers, got {padding!r}")

@@ -70,13 +70,13 @@ class _GroupSqueeze:
             self._convs = [module for module in model.modules() if isinstance(module, OREPAConv2d)]
         batches: dict[tuple[Hashable, ...], list[OREPAConv2d]] = defaultdict(list)
         for conv in self._convs:
-            parameter = conv.origin
+            parameter = conv.origin.weight
             written = (conv.kernel_dtype(parameter.device.type), conv.last_format)
             # Frozen ones apart: in a batch with trainable ones their kernels would get gradients too.
             key = (*written, parameter.device, parameter.dtype, conv.trains_kernel)
             batches[key].append(conv)
         for convs in batches.values():
-            dtype, memory_format = convs[0].kernel_dtype(convs[0].origin.device.type), convs[0].last_format
+            dtype, memory_format = convs[0].kernel_dtype(convs[0].origin.weight.device.type), convs[0].last_format
             layers = [conv.squeeze_branches() for conv in convs]
             kernels = orepa_squeeze_many(layers, out_dtype=dtype, memory_format=memory_format)
             for conv, kernel in zip(convs, kernels, strict=True):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repkern.nn._weight_hooks import current_weight
+
 __all__ = ["IdentityPointwise"]
 
 
@@ -34,8 +36,8 @@ class IdentityPointwise(nn.Conv2d):
 
     def kernel(self) -> Tensor:
         """[Cm, Ci/g, 1, 1] with the identity."""
-        return self.weight + self.identity
+        return current_weight(self) + self.identity
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Cm, H, W]."""
-        return functional.conv2d(x, self.kernel(), groups=self.groups)
+        return functional.conv2d(x, self.weight + self.identity, groups=self.groups)

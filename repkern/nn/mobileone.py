@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._weight_hooks import current_weight
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, fuse_bn
 from repkern.nn.geometry import Pair, check_geometry
@@ -63,15 +64,9 @@ class MobileOneBlock(RepVGGForm):
         dense = [Branch(norm, conv, cheap) for conv, norm in zip(self.dense, self.dense_bn, strict=True)]
         return dense + super()._branches()
 
-    def _main_kernel(self) -> Tensor:
-        return self.dense.get_parameter("0.weight")
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        self._main_kernel().copy_(weight)
-
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
         folded: list[KernelBias] = []
         for at in range(1, len(self.dense)):
-            kernel = self.dense.get_parameter(f"{at}.weight").to(like.dtype)
+            kernel = current_weight(self.dense[at]).to(like.dtype)
             folded.append(fuse_bn(kernel, None, self.dense_bn[at]))
         return folded + super()._folded_others(like)

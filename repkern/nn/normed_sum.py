@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._weight_hooks import current_weight
+from repkern.nn.block import RepBlock
 from repkern.nn.branch_sum import RECOMPUTE, Branch, branch_norm_sum
-from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel
+from repkern.nn.branch_weight import write_weight
+from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel, wide
 from repkern.nn.geometry import Geometry, check_dtype
+from repkern.nn.kernel_conv import KernelConv2d
 from repkern.nn.squeeze_excite import SEBlock
 
-__all__ = ["NormedSumBlock", "plain_conv", "solve_before_norm", "wide"]
+__all__ = ["NormedSumBlock", "plain_conv", "set_kernel", "solve_before_norm", "wide", "wide_kernel"]
 
 
 def plain_conv(geometry: Geometry, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Conv2d:
@@ -23,9 +27,18 @@ def plain_conv(geometry: Geometry, device: torch.device | str | None, dtype: tor
     return nn.Conv2d(*geometry[:7], bias=False, **options)
 
 
-def wide(weight: Tensor) -> Tensor:
-    """The kernel in the dtype that branches are folded in: at least float32, so that half types round once."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+def wide_kernel(conv: nn.Module) -> Tensor:
+    """The kernel of a branch's convolution for folding: as its next forward in eval mode uses it, at least float32."""
+    return conv.wide_kernel() if isinstance(conv, KernelConv2d) else wide(current_weight(conv))
+
+
+@torch.no_grad()
+def set_kernel(conv: nn.Module, weight: Tensor) -> None:
+    """Give a branch's convolution this kernel. ValueError where it cannot have one."""
+    if isinstance(conv, RepBlock):
+        conv.set_equivalent_kernel_bias(weight, None)
+    else:
+        write_weight(conv, weight)
 
 
 @torch.no_grad()
@@ -56,8 +69,8 @@ def solve_before_norm(
 class NormedSumBlock(SEBlock):
     """post_se(activation(se(sum over branches of norm(branch(x))))).
 
-    One branch is the main one: what the others do not give is its kernel's to give. Subclasses implement `_branches`,
-    `_main_kernel`, `_set_main_kernel` and `_folded_others`, and have `identity_bn` (None where there is no identity).
+    One branch is the main one: what the others do not give is its kernel's to give. Subclasses implement `_branches`
+    and `_folded_others`, and have `identity_bn` (None where there is no identity).
     """
 
     #: The dotted names of the main branch's module and of its norm.
@@ -84,12 +97,9 @@ class NormedSumBlock(SEBlock):
     def _branches(self) -> list[Branch]:
         raise NotImplementedError
 
-    def _main_kernel(self) -> Tensor:
-        """[Co, Ci/g, K, K]."""
-        raise NotImplementedError
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        raise NotImplementedError
+    @property
+    def _adds_input(self) -> bool:
+        return self.identity_bn is not None
 
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
         """The convolution of every branch but the main one, in `like`'s dtype and on its device."""
@@ -105,7 +115,7 @@ class NormedSumBlock(SEBlock):
 
     def _folded_sum(self) -> tuple[Tensor, Tensor]:
         """The sum as a convolution, in at least float32."""
-        main = fuse_bn(wide(self._main_kernel()), None, self.get_submodule(self._main_norm))
+        main = fuse_bn(wide_kernel(self.get_submodule(self._main)), None, self.get_submodule(self._main_norm))
         weight, bias = add_branches([main, *self._folded_others(main[0])])
         assert bias is not None
         return weight, bias
@@ -134,4 +144,5 @@ class NormedSumBlock(SEBlock):
         """
         norm = self.get_submodule(self._main_norm)
         others = self._folded_others(weight.double())
-        self._set_main_kernel(solve_before_norm(weight, bias, norm, others, self._main_norm))
+        kernel = solve_before_norm(weight, bias, norm, others, self._main_norm)
+        set_kernel(self.get_submodule(self._main), kernel)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repkern.nn.block import RepBlock
+from repkern.nn.branch_weight import BranchWeight, tensor_of, write_weight
 from repkern.nn.fold import KernelBias, dct_kernel, identity_kernel
 from repkern.nn.geometry import Pair, check_dtype, check_geometry
+from repkern.nn.kernel_conv import KernelConv2d
 from repkern.ops import SqueezeBranches, orepa_squeeze_many
 from repkern.ops.orepa_squeeze.layers import BRANCH_NAMES
 
@@ -25,6 +26,9 @@ INITIAL_SCALE_1X1 = {"origin": 1.0, "1x1-KxK": 0.5}
 _LAST_PARAMETER = {
     "origin": "origin", "avg": "avg", "prior": "prior", "1x1-KxK": "expand", "1x1": "pointwise", "dw-pw": "project",
 }  # fmt: skip
+
+
+_BRANCH_WEIGHTS = ("origin", "avg", "prior", "pointwise", "reduce", "expand", "depthwise", "project")
 
 
 class GroupedKernel(NamedTuple):
@@ -51,7 +55,7 @@ def _check_branches(branches: Sequence[str] | None, kernel_size: int) -> tuple[s
     return tuple(name for name in possible if name in branches)
 
 
-class OREPAConv2d(RepBlock):
+class OREPAConv2d(KernelConv2d):
     """nn.Conv2d, trained as the six linear branches of OREPA (paper 2204.00826, Fig. 6), computed as one convolution.
 
     Arguments and attributes as nn.Conv2d, with `padding` an integer, a pair, "same" or "valid". kernel_size: any odd K,
@@ -63,26 +67,25 @@ class OREPAConv2d(RepBlock):
     min(Ci, Co). expansion: filters per input channel of the dw-pw branch. branches: which of
     ("origin", "avg", "prior", "1x1-KxK", "1x1", "dw-pw") exist; default all.
 
-    Parameters (absent ones are None), B branches: origin [Co, Ci/g, K, K], avg, prior, pointwise [Co, Ci/g],
-    reduce [Cm, Ci/g] (for K > 1 the deviation from an identity), expand [Co, Cm/g, K, K], depthwise [Ci*e, K, K],
-    project [Co, Ci/g*e], scale [B, Co] or [B, 1], bias [Co]. Buffer: prior_filter [Co, K, K], saved only when it is not
-    the paper's. With dtype float32 and autocast the kernel comes out in autocast's dtype.
+    Submodules (absent ones are None), each of which holds one parameter, `weight`, B branches: origin [Co, Ci/g, K, K],
+    avg, prior, pointwise [Co, Ci/g], reduce [Cm, Ci/g] (for K > 1 the deviation from an identity), expand
+    [Co, Cm/g, K, K], depthwise [Ci*e, K, K], project [Co, Ci/g*e], scale [B*Co] or [B] (row by row). Parameter: bias
+    [Co] or None. Buffer: prior_filter [Co, K, K], at least float32, saved only when it is not the paper's. `weight` is
+    the squeezed kernel, and may be written: see `KernelConv2d`. With dtype float32 and autocast the kernel comes out in
+    autocast's dtype.
 
     Input [N, Ci, H, W] or [Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
     """
 
-    has_norm = False
-
-    origin: nn.Parameter
-    avg: nn.Parameter | None
-    prior: nn.Parameter | None
-    pointwise: nn.Parameter | None
-    reduce: nn.Parameter | None
-    expand: nn.Parameter | None
-    depthwise: nn.Parameter | None
-    project: nn.Parameter | None
-    scale: nn.Parameter | None
-    bias: nn.Parameter | None
+    origin: BranchWeight
+    avg: BranchWeight | None
+    prior: BranchWeight | None
+    pointwise: BranchWeight | None
+    reduce: BranchWeight | None
+    expand: BranchWeight | None
+    depthwise: BranchWeight | None
+    project: BranchWeight | None
+    scale: BranchWeight | None
     prior_filter: Tensor | None
 
     def __init__(
@@ -154,16 +157,19 @@ class OREPAConv2d(RepBlock):
     def _register_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         shapes = self._shapes()
         if self.scaling != "none":
-            shapes["scale"] = (len(self.branches), self.out_channels if self.scaling == "vector" else 1)
-        if bias:
-            shapes["bias"] = (self.out_channels,)
-        names = ("origin", "avg", "prior", "pointwise", "reduce", "expand", "depthwise", "project", "scale", "bias")
-        for name in names:
+            shapes["scale"] = (len(self.branches) * (self.out_channels if self.scaling == "vector" else 1),)
+        for name in (*_BRANCH_WEIGHTS, "scale"):
             shape = shapes.get(name)
-            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **factory)))
+            self.register_module(name, None if shape is None else BranchWeight(torch.empty(shape, **factory)))
+        self._register_bias(nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None)
         k = self.kernel_size[0]
         filters = torch.empty(self.out_channels, k, k, **factory) if "prior" in self.branches else None
         self.register_buffer("prior_filter", filters, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return self.origin.weight.dtype
 
     @property
     def identity_reduce(self) -> bool:
@@ -181,9 +187,9 @@ class OREPAConv2d(RepBlock):
         initial = INITIAL_SCALE_1X1 if one_by_one else INITIAL_SCALE
         for row, branch in enumerate(self.branches):
             if self.scale is not None:
-                self.scale[row].fill_(initial[branch])
+                self._scale_rows()[row].fill_(initial[branch])
             else:
-                getattr(self, _LAST_PARAMETER[branch]).mul_(initial[branch])
+                getattr(self, _LAST_PARAMETER[branch]).weight.mul_(initial[branch])
         self._reset_prior_filter()
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_channels // self.groups * self.kernel_size[0] ** 2)
@@ -195,47 +201,45 @@ class OREPAConv2d(RepBlock):
         fan_in["expand"] = self.internal_channels // self.groups * k * k
         for name in self._shapes():
             bound = gain * math.sqrt(3 / fan_in.get(name, per_group))
-            getattr(self, name).uniform_(-bound, bound)
+            getattr(self, name).weight.uniform_(-bound, bound)
         if self.reduce is not None and self.identity_reduce:
-            self.reduce.zero_()
+            self.reduce.weight.zero_()
         elif self.expand is not None and self.internal_channels == self.out_channels:
-            self.expand.copy_(identity_kernel(self.out_channels, k, self.groups, dtype=self.expand.dtype))
+            self.expand.weight.copy_(identity_kernel(self.out_channels, k, self.groups, dtype=self.dtype))
+
+    def _scale_rows(self) -> Tensor:
+        """[B, Co] or [B, 1]."""
+        assert self.scale is not None
+        return self.scale.weight.view(len(self.branches), -1)
 
     def _reset_prior_filter(self) -> None:
         if self.prior_filter is None:
             return
-        filters = dct_kernel(self.out_channels, self.kernel_size[0], dtype=self.prior_filter.dtype)
-        self.register_buffer("prior_filter", filters.to(self.prior_filter.device), persistent=False)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        filters = dct_kernel(self.out_channels, self.kernel_size[0], dtype=wide)
+        self.register_buffer("prior_filter", filters.to(self.origin.weight.device), persistent=False)
 
     def set_prior_filter(self, filters: Tensor) -> None:
         """Use other fixed filters [Co, K, K] in the prior branch; from now on they are part of the state_dict."""
         if self.prior_filter is None or filters.shape != self.prior_filter.shape:
             wanted = None if self.prior_filter is None else tuple(self.prior_filter.shape)
             raise ValueError(f"prior_filter must have shape {wanted}, got {tuple(filters.shape)}")
-        own = filters.detach().to(device=self.prior_filter.device, dtype=self.prior_filter.dtype, copy=True)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        own = filters.detach().to(device=self.prior_filter.device, dtype=wide, copy=True)
         self.register_buffer("prior_filter", own.contiguous(), persistent=True)
-
-    @property
-    def trains_kernel(self) -> bool:
-        """Whether any parameter behind the kernel requires a gradient."""
-        return any(p.requires_grad for p in self.parameters(recurse=False) if p is not self.bias)
 
     def squeeze_branches(self) -> SqueezeBranches:
         """This block's tensors as `repkern.ops.orepa_squeeze_many` takes them."""
-        scale: Tensor | None = self.scale
-        if scale is not None and self.scaling == "scalar":
-            scale = scale.expand(-1, self.out_channels)
+        scale: Tensor | None = None
+        if self.scale is not None:
+            scale = self._scale_rows()
+            if self.scaling == "scalar":
+                scale = scale.expand(-1, self.out_channels)
+        own: dict[str, Any] = {name: tensor_of(getattr(self, name)) for name in _BRANCH_WEIGHTS}
         return SqueezeBranches(
-            self.origin,
-            self.avg,
-            self.prior,
-            self.pointwise,
-            self.reduce,
-            self.expand,
-            self.depthwise,
-            self.project,
-            scale,
-            self.prior_filter,
+            **own,
+            scale=scale,
+            prior_filter=self.prior_filter,
             groups=self.groups,
             identity_reduce=self.reduce is not None and self.identity_reduce,
         )
@@ -251,20 +255,20 @@ class OREPAConv2d(RepBlock):
 
     def parameter_kernel(self) -> Tensor:
         """The kernel in the parameters' dtype: what a larger kernel is composed from."""
-        return self._kernel(self.origin.dtype, torch.contiguous_format)
+        return self._kernel(self.dtype, torch.contiguous_format)
 
     def wide_kernel(self) -> Tensor:
         """The kernel in at least float32: what is folded further before it is rounded."""
-        wide = torch.promote_types(self.origin.dtype, torch.float32)
+        wide = torch.promote_types(self.dtype, torch.float32)
         return self.squeezed_kernel(out_dtype=wide, memory_format=self.kernel_format())
 
     def kernel_dtype(self, device_type: str) -> torch.dtype:
         """The dtype conv2d computes in: autocast's for parameters it casts, else the parameters'."""
         # Asked about "meta", torch raises instead of saying no.
-        casts = self.follows_autocast and self.origin.dtype is not torch.float64 and device_type != "meta"
+        casts = self.follows_autocast and self.dtype is not torch.float64 and device_type != "meta"
         if casts and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-        return self.origin.dtype
+        return self.dtype
 
     def kernel_format(self, x: Tensor | None = None) -> torch.memory_format:
         """channels_last when the input is, or when this module was converted to it: where nn.Conv2d would use it."""
@@ -300,72 +304,52 @@ class OREPAConv2d(RepBlock):
             kernel = self.squeezed_kernel(out_dtype=dtype, memory_format=memory_format)
         return kernel.requires_grad_()
 
+    def kernel(self) -> Tensor:
+        """[Co, Ci/g, K, K] in the parameters' dtype, with a gradient to every branch."""
+        return self.squeezed_kernel(memory_format=self.kernel_format())
+
     def _fold(self) -> KernelBias:
-        return self.squeezed_kernel(memory_format=self.kernel_format()), self.bias
+        return self.kernel(), self.bias
 
-    @property
-    def _deployed_bias(self) -> bool:
-        return self.bias is not None
-
-    def fuse(self) -> nn.Module:
-        """nn.Conv2d with this block's kernel and bias; the bias keeps its own requires_grad."""
-        conv = super().fuse()
-        if self.bias is not None:
-            conv.weight.requires_grad_(self.trains_kernel)
-            conv.bias.requires_grad_(self.bias.requires_grad)
-        return conv
-
-    @torch.no_grad()
-    def set_equivalent_kernel_bias(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Solve for `origin`, in float64, so that the squeezed kernel is `weight` within rounding; the rest stays.
-
-        Where origin's scale is 0 there is no solution: ValueError. So is a bias for a block that has none.
-        """
-        wide = torch.float64
-        layer = self.squeeze_branches()
-        fields = [t.to(wide) if isinstance(t, Tensor) else t for t in layer]
+    def _solve(self, weight: Tensor) -> None:
+        """Solve for `origin`; the rest stays. ValueError where origin's scale is 0."""
+        fields = [t.double() if isinstance(t, Tensor) else t for t in self.squeeze_branches()]
         layer = SqueezeBranches(*fields)  # type: ignore[arg-type]
         assert layer.origin is not None
-        others = layer._replace(origin=torch.zeros_like(layer.origin))
-        rest = orepa_squeeze_many([others])[0]
-        origin = weight.to(wide) - rest
+        origin = weight - orepa_squeeze_many([layer._replace(origin=torch.zeros_like(layer.origin))])[0]
         if layer.scale is not None:
             if not layer.scale[0].all():
                 raise ValueError("the scale of `origin` is 0, so no origin gives the wanted kernel")
             origin = origin / layer.scale[0][:, None, None, None]
-        self.origin.copy_(origin)
-        if self.bias is not None:
-            self.bias.zero_() if bias is None else self.bias.copy_(bias)
-        elif bias is not None:
-            raise ValueError("the block has no bias to take the wanted one; make it with bias=True")
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> OREPAConv2d:
-        """A fresh OREPAConv2d with the arguments, dtype and device of `conv`, and other `options`."""
-        return cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            conv.weight.device,
-            conv.weight.dtype,
-            **options,
-        )
+        write_weight(self.origin, origin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OREPAConv2d:
-        probe = torch.empty(1, 2, 2, 2, dtype=self.origin.dtype, device=self.origin.device)
+        probe = torch.empty(1, 2, 2, 2, dtype=self.dtype, device=self.origin.weight.device)
         moved = fn(probe.to(memory_format=self.kernel_format()))
+        filters = self.prior_filter
         super()._apply(fn, recurse)
-        for parameter in self.parameters(recurse=False):
+        for parameter in self.parameters():
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
+        if filters is not None and self.prior_filter is not None:
+            self._keep_filters_wide(filters)
         self._channels_last = _is_channels_last(moved)
         return self
+
+    def _keep_filters_wide(self, before: Tensor) -> None:
+        """Constants, which half precision would only round: they stay in at least float32."""
+        moved = self.prior_filter
+        assert moved is not None
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if "prior_filter" in self._non_persistent_buffers_set:
+            if moved.dtype != before.dtype or moved.dtype != wide:
+                self._reset_prior_filter()
+        elif moved.dtype != wide:
+            self.prior_filter = before.to(device=moved.device, dtype=wide).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A kernel of the forward in progress belongs to that forward: copies squeeze their own.
+        return {**self.__dict__, "grouped": None, "_grouped_with_grad": False}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Filters other than the paper's are in the state_dict; without them the module returns to the paper's.

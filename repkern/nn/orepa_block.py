@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._weight_hooks import weight_in_forward
 from repkern.nn.block import RepBlock
 from repkern.nn.branch_sum import Branch, branch_norm_sum
 from repkern.nn.fold import KernelBias, compose_sequential, fuse_bn
 from repkern.nn.geometry import Geometry, Pair, check_dtype, check_geometry
-from repkern.nn.normed_sum import wide
+from repkern.nn.normed_sum import set_kernel, wide_kernel
 from repkern.nn.orepa import OREPAConv2d
 
 __all__ = ["FACTORS", "OREPABlock", "OREPADeepStem"]
@@ -127,10 +128,10 @@ class OREPABlock(_NormedBlock):
         return self.conv(x)
 
     def _wide_kernel(self) -> Tensor:
-        return self.conv.wide_kernel()
+        return wide_kernel(self.conv)
 
     def _set_kernel(self, weight: Tensor) -> None:
-        self.conv.set_equivalent_kernel_bias(weight, None)
+        set_kernel(self.conv, weight)
 
 
 class OREPADeepStem(_NormedBlock):
@@ -172,7 +173,8 @@ class OREPADeepStem(_NormedBlock):
             raise ValueError(f"factors must be {' or '.join(map(repr, FACTORS))}, or {count} of them, got {factors!r}")
         super().__init__(geometry, activation, device, dtype)
         inputs = [in_channels] + [out_channels] * (count - 1)
-        common: dict[str, Any] = {"padding": 1, "groups": groups, "bias": False, "device": device, "dtype": dtype}
+        common: dict[str, Any] = {"groups": groups, "bias": False, "device": device, "dtype": dtype}
+        common |= {"padding": geometry.dilation, "dilation": geometry.dilation}
         self.factors = nn.ModuleList(
             OREPAConv2d(channels, out_channels, 3, scaling=scaling, **common)
             if kind == "orepa"
@@ -186,11 +188,13 @@ class OREPADeepStem(_NormedBlock):
     def composed_kernel(self) -> Tensor:
         """[Co, Ci/g, K, K], with a gradient to every factor."""
         factors: Any = self.factors
-        return self._composed([f.parameter_kernel() if isinstance(f, OREPAConv2d) else f.weight for f in factors])
+        return self._composed(
+            [f.parameter_kernel() if isinstance(f, OREPAConv2d) else weight_in_forward(f) for f in factors]
+        )
 
     def _wide_kernel(self) -> Tensor:
         factors: Any = self.factors
-        return self._composed([f.wide_kernel() if isinstance(f, OREPAConv2d) else wide(f.weight) for f in factors])
+        return self._composed([wide_kernel(f) for f in factors])
 
     def _composed(self, factors: Sequence[Tensor]) -> Tensor:
         kernel = factors[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repkern.nn.geometry import Pair, check_geometry
 from repkern.nn.orepa import OREPAConv2d
@@ -64,9 +64,3 @@ class OREPARepVGGBlock(_OneDense):
             branches=_SQUEEZED,
         )
         super().__init__(geometry, dense, activation, se, post_se, recompute, device, dtype)
-
-    def _main_kernel(self) -> Tensor:
-        return self.dense.wide_kernel()
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        self.dense.set_equivalent_kernel_bias(weight, None)

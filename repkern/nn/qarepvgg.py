@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repkern.nn._pointwise import pointwise_map
+from repkern.nn._weight_hooks import current_weight
 from repkern.nn.branch_sum import Branch, branch_norm_sum
 from repkern.nn.custom_l2 import norm_factor
 from repkern.nn.fold import KernelBias, add_branches, fuse_bn, identity_kernel, pad_to
@@ -70,6 +71,10 @@ class QARepVGGBlock(NormedSumBlock):
         self.average = average and self.identity is not None and self.kernel_size[0] > 1
         self.post_bn: nn.Module = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
+    @property
+    def _adds_input(self) -> bool:
+        return self.identity is not None
+
     def _branches(self) -> list[Branch]:
         branches = [Branch(self.dense_bn, self.dense)]
         if self.pointwise is not None:
@@ -96,16 +101,10 @@ class QARepVGGBlock(NormedSumBlock):
             return branch_norm_sum(y, [Branch(self.post_bn)], self.activation)
         return self._finish(self.post_bn(y))
 
-    def _main_kernel(self) -> Tensor:
-        return self.dense.weight
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        self.dense.weight.copy_(weight)
-
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
         folded: list[KernelBias] = []
         if self.pointwise is not None:
-            folded.append((pad_to(self.pointwise.weight.to(like.dtype), self.kernel_size[0]), None))
+            folded.append((pad_to(current_weight(self.pointwise).to(like.dtype), self.kernel_size[0]), None))
         if self.average:
             diagonal = identity_kernel(self.in_channels, 1, self.groups, dtype=like.dtype, device=like.device)
             folded.append(averaged((diagonal, None), self.kernel_size[0]))
@@ -137,11 +136,12 @@ class QARepVGGBlock(NormedSumBlock):
 
         The released block's term. It takes the place of the sum of squares of `custom_l2_parameters()`.
         """
-        factor = norm_factor(self.dense_bn, self.dense.weight)
-        others = self._folded_others(self.dense.weight)
+        dense = current_weight(self.dense)
+        factor = norm_factor(self.dense_bn, dense)
+        others = self._folded_others(dense)
         if self.identity is not None and not include_identity:
             others = others[:-1]
-        weight, _ = add_branches([(self.dense.weight * factor, None), *others])
+        weight, _ = add_branches([(dense * factor, None), *others])
         return weight.square().sum()
 
     def custom_l2_parameters(self) -> list[nn.Parameter]:

@@ -45,17 +45,15 @@ class GhostFusion(NormedSumBlock):
         self.identity_bn = nn.BatchNorm2d(channels, device=device, dtype=dtype) if norm_identity else None
         self.raw_identity = raw_identity
 
+    @property
+    def _adds_input(self) -> bool:
+        return self.raw_identity or super()._adds_input
+
     def _branches(self) -> list[Branch]:
         branches = [Branch(self.dense_bn, self.dense, cheap=True)]
         if self.identity_bn is not None:
             branches.append(Branch(self.identity_bn))
         return branches + ([Branch(None)] if self.raw_identity else [])
-
-    def _main_kernel(self) -> Tensor:
-        return self.dense.weight
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        self.dense.weight.copy_(weight)
 
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
         folded = self._folded_identity(like)

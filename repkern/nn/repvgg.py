@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from repkern.nn._pointwise import pointwise_map
+from repkern.nn._weight_hooks import current_weight
 from repkern.nn.branch_sum import Branch
 from repkern.nn.custom_l2 import equivalent_l2
 from repkern.nn.fold import KernelBias, fuse_bn, pad_to
@@ -52,7 +53,7 @@ class RepVGGForm(NormedSumBlock):
         folded: list[KernelBias] = []
         if self.pointwise is not None:
             assert self.pointwise_bn is not None
-            pointwise = pad_to(self.pointwise.weight.to(like.dtype), self.kernel_size[0])
+            pointwise = pad_to(current_weight(self.pointwise).to(like.dtype), self.kernel_size[0])
             folded.append(fuse_bn(pointwise, None, self.pointwise_bn))
         return folded + self._folded_identity(like)
 
@@ -119,17 +120,11 @@ class RepVGGBlock(_OneDense):
         dense = plain_conv(geometry, device, dtype)
         super().__init__(geometry, dense, activation, se, post_se, recompute, device, dtype)
 
-    def _main_kernel(self) -> Tensor:
-        return self.dense.weight
-
-    def _set_main_kernel(self, weight: Tensor) -> None:
-        self.dense.weight.copy_(weight)
-
     def custom_l2(self, *, include_identity: bool = False) -> Tensor:
         """The scalar that replaces the sum of squares of `custom_l2_parameters()`: see `repkern.nn.custom_l2`."""
         return equivalent_l2(
-            (self.dense.weight, self.dense_bn),
-            None if self.pointwise is None else (self.pointwise.weight, self.pointwise_bn),
+            (current_weight(self.dense), self.dense_bn),
+            None if self.pointwise is None else (current_weight(self.pointwise), self.pointwise_bn),
             self.identity_bn if include_identity else None,
             self.groups,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repkern.nn._pointwise import pointwise_map
+from repkern.nn._weight_hooks import current_bias, current_weight, weight_in_forward
 from repkern.nn.block import RepBlock
 from repkern.nn.branch_sum import Branch
 from repkern.nn.fold import KernelBias, add_branches, compose_sequential, fuse_bn, pad_to
@@ -17,7 +18,7 @@ from repkern.nn.geometry import Geometry
 from repkern.nn.identity_pointwise import IdentityPointwise
 from repkern.nn.inner_norm import BORDERS, InnerNorm, averaged, averaging_kernel, bordered, convolve
 from repkern.nn.line import line_conv, pad_line, stripped
-from repkern.nn.normed_sum import NormedSumBlock, plain_conv, solve_before_norm
+from repkern.nn.normed_sum import NormedSumBlock, plain_conv, set_kernel, solve_before_norm
 
 __all__ = ["SEVEN_BRANCHES", "SevenBranchBlock"]
 
@@ -88,7 +89,6 @@ class SevenBranchBlock(NormedSumBlock):
             )
         self.internal_channels = internal
         self.border = border
-        self._geometry = geometry
         for parts in _PARTS.values():
             for part in parts:
                 self.register_module(part, None)  # so that branches added later keep their place
@@ -198,13 +198,13 @@ class SevenBranchBlock(NormedSumBlock):
     def _expand_map(self, x: Tensor) -> Tensor:
         assert self.expand is not None
         if self.reduce is None or self.reduce_bn is None:
-            if isinstance(self.expand, nn.Conv2d):
-                return convolve(self, x, self.expand.weight, None, self.groups)
+            if not isinstance(self.expand, RepBlock):
+                return convolve(self, x, weight_in_forward(self.expand), None, self.groups)
             return self.expand(bordered(self, x))
         remake = self.recompute == "cheap"
         inner = InnerNorm(self, self.reduce, self.reduce_bn, self.last_norm("1x1_kxk"), self.border, remake)
-        if isinstance(self.expand, nn.Conv2d):
-            return inner.convolve(x, self.expand.weight, self.groups)
+        if not isinstance(self.expand, RepBlock):
+            return inner.convolve(x, weight_in_forward(self.expand), self.groups)
         return self.expand(inner.bordered(x))
 
     def _line_map(self, x: Tensor, across: int) -> Tensor:
@@ -245,7 +245,8 @@ class SevenBranchBlock(NormedSumBlock):
                 folded = compose_sequential(first, folded, groups=self.groups)
         else:
             across = 0 if name == "1xk" else 1
-            folded = pad_line((self.horizontal if across == 0 else self.vertical).weight.to(like.dtype), across), None
+            line = current_weight(self.horizontal if across == 0 else self.vertical)
+            folded = pad_line(line.to(like.dtype), across), None
         return fuse_bn(*folded, self.last_norm(name))
 
     def _folded_others(self, like: Tensor) -> list[KernelBias]:
@@ -260,15 +261,11 @@ class SevenBranchBlock(NormedSumBlock):
         if self.dense is None or self.dense_bn is None:
             raise ValueError("a block without the branch 'kxk' cannot start as a given convolution (preserve=True)")
         others = self._folded_others(weight.double())
-        if isinstance(self.dense, nn.Conv2d) and self.dense.bias is not None:
+        if not isinstance(self.dense, RepBlock) and isinstance(self.dense.bias, Tensor):
             factor, _ = fuse_bn(torch.ones_like(self.dense.bias, dtype=torch.float64), None, self.dense_bn)
             others.append((torch.zeros_like(weight, dtype=torch.float64), factor * self.dense.bias))
         kernel = solve_before_norm(weight, bias, self.dense_bn, others, "dense_bn")
-        if isinstance(self.dense, RepBlock):
-            self.dense.set_equivalent_kernel_bias(kernel, None)
-        else:
-            assert isinstance(self.dense.weight, Tensor)
-            self.dense.weight.copy_(kernel)
+        set_kernel(self.dense, kernel)
 
 
 def _kernel_bias(module: Any, like: Tensor) -> KernelBias:
@@ -277,5 +274,5 @@ def _kernel_bias(module: Any, like: Tensor) -> KernelBias:
         return module._fold_in(like)
     if isinstance(module, IdentityPointwise):
         return module.kernel().to(like.dtype), None
-    weight, bias = module._fold() if isinstance(module, RepBlock) else (module.weight, module.bias)
+    weight, bias = module._fold() if isinstance(module, RepBlock) else (current_weight(module), current_bias(module))
     return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)

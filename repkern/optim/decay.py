@@ -10,7 +10,7 @@ from torch import nn
 __all__ = ["weight_decay_groups"]
 
 # A norm or scale in an identity branch is the weight of that branch, as a kernel is of its own.
-_IDENTITIES = ("identity_scale", "identity_bn.weight", "identity.weight")
+_IDENTITIES = ("identity_scale.weight", "identity_bn.weight", "identity.weight")
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

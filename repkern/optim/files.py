@@ -48,7 +48,9 @@ def load_scales(path: str | Path, model: nn.Module | None = None, *, strict: boo
     """
     inner = None if model is None else unwrapped(model)
     tensors = read_state_dict(path)
-    scales = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in SCALE_NAMES}
+    # In a state_dict of ours a scale is the `weight` of the module that bears its name.
+    named = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+    scales = {name: tensor for name, tensor in named.items() if name.rpartition(".")[2] in SCALE_NAMES}
     if not scales:
         found = load_checkpoint(tensors, inner, layout="repopt_scales", strict=strict)
         assert isinstance(found, dict)

@@ -88,7 +88,7 @@ class HyperSearch:
             for part in SCALE_NAMES:
                 scale = getattr(block, part)
                 if scale is not None:
-                    found.append((f"{name}.{part}" if name else part, scale))
+                    found.append((f"{name}.{part}" if name else part, scale.weight))
         return found
 
     def scales(self) -> dict[str, Tensor]:
@@ -174,8 +174,8 @@ def _block(layer: Layer, value: float, pointwise: bool, identity: bool) -> CSLAB
         for name, start in zip(SCALE_NAMES, (value, value, 1.0), strict=True):
             scale = getattr(block, name)
             if scale is not None:
-                scale.fill_(start)
-                scale.requires_grad_(True)
+                scale.weight.fill_(start)
+                scale.weight.requires_grad_(True)
         block.train_scales = "all"
     elif isinstance(module, ConvNormAct):
         block = _csla(module, options)

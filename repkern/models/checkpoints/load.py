@@ -17,6 +17,7 @@ from repkern.models.checkpoints.networks import rename_network
 from repkern.models.checkpoints.reading import Checkpoint, read_checkpoint
 from repkern.models.checkpoints.registry import LAYOUTS, RELEASED, SCALES
 from repkern.models.checkpoints.scales import checked_scales
+from repkern.nn.block import rename_earlier
 
 __all__ = ["LAYOUTS", "load_checkpoint"]
 
@@ -68,6 +69,7 @@ def _load(checkpoint: Checkpoint, model: nn.Module, layout: str, report: LoadRep
     inner = _unwrapped(model)
     growth = _grown(checkpoint, inner, layout)
     target = inner if growth is None else growth.model
+    checkpoint = checkpoint._replace(tensors=rename_earlier(checkpoint.tensors, target))
     try:
         if growth is not None and growth.changed and inner is not model:
             raise ValueError(

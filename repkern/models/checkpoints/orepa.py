@@ -98,7 +98,13 @@ def _kernel(block: Block, name: str, *, flipped: bool = False) -> Block:
     elif block["vector"].shape[0] == 6:
         _logger.warning("OREPA-VGG: the sixth row of `vector`, which the released code never uses, is left out")
         ours["scale"] = block["vector"][:5]
-    return ours
+    return _held(ours)
+
+
+def _held(ours: Block) -> Block:
+    """By the names of the modules that hold the parameters; the scales row by row."""
+    ours["scale"] = ours["scale"].flatten()
+    return {name if name == "prior_filter" else f"{name}.weight": tensor for name, tensor in ours.items()}
 
 
 def _orepa(block: Block) -> Block:
@@ -116,7 +122,7 @@ def _orepa_1x1(block: Block) -> Block:
         "expand": second,
         "scale": block["vector"],
     }
-    return prefixed("conv.", conv) | prefixed("bn.", inside("bn.", block))
+    return prefixed("conv.", _held(conv)) | prefixed("bn.", inside("bn.", block))
 
 
 def _deep_stem(block: Block) -> Block:

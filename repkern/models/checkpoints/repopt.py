@@ -7,9 +7,9 @@ from repkern.models.checkpoints.layout import CONV_BN, SE, Layout, renamed
 __all__ = ["REPOPT", "REPOPT_SCALES"]
 
 _SCALES = {
-    "scale_conv.weight": "dense_scale",
-    "scale_1x1.weight": "pointwise_scale",
-    "scale_identity.weight": "identity_scale",
+    "scale_conv": "dense_scale",
+    "scale_1x1": "pointwise_scale",
+    "scale_identity": "identity_scale",
 }
 
 REPOPT = Layout(
@@ -37,12 +37,14 @@ REPOPT = Layout(
     ),
 )
 
+_ONLY_SCALES = {f"{released}.weight": ours for released, ours in _SCALES.items()}
+
 #: Only the scales: of a *-scales.pth file, or picked out of a whole hyper-search checkpoint.
 REPOPT_SCALES = Layout(
     "repopt_scales",
     "DingXiaoH/RepOptimizers: scales that a hyper-search found",
     (
-        renamed(_SCALES, "scale_conv.weight"),
+        renamed(_ONLY_SCALES, "scale_conv.weight"),
         renamed(
             {"cheap_operation.1.weight": "fusion.dense_scale", "fusion_scale.weight": "fusion.identity_scale"},
             "fusion_scale.weight",

@@ -25,8 +25,10 @@ def checked_scales(
     many channels, and every layer of the kind that has scales must have them. It is not changed.
     ValueError that lists what does not match; with strict=False a logged warning, and the scales that do.
     """
-    scales = {name: t for name, t in converted.tensors.items() if name.rpartition(".")[2] in SCALE_NAMES}
-    report.left_out += [name for name in converted.tensors if name not in scales]
+    # In a state_dict of ours a scale is the `weight` of the module that bears its name.
+    names = {name: name.removesuffix(".weight") for name in converted.tensors}
+    scales = {names[n]: t for n, t in converted.tensors.items() if names[n].rpartition(".")[2] in SCALE_NAMES}
+    report.left_out += [name for name, own in names.items() if own not in scales]
     if model is None:
         return scales
     scales = named_as_in(model, scales)

@@ -1,0 +1,209 @@
+"""The geometry of a block and that of the convolutions inside it: rewritten together, or refused.
+
+A block has one geometry. Whoever rewrites an attribute of the block rewrites it in its convolutions too. Whoever walks
+over the convolutions inside and rewrites them all alike ("dilate every 3x3") rewrites the block; when only some are
+rewritten, there is no convolution that the block could be, and ValueError says which disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from repkern.nn.geometry import Geometry, check_geometry, same_padding
+
+__all__ = ["Part", "agreed", "disagrees", "parts_of", "push"]
+
+
+class Part(NamedTuple):
+    """A convolution inside a block: its dotted name, the module, and what it is there for (see `_ROLES`)."""
+
+    name: str
+    module: Any
+    role: str
+
+
+# What the convolutions of our blocks are for, by the names they have in all of them:
+# "main": the block's own geometry. "padded": reads a map that is padded already. "strided": 1x1 at the block's stride.
+# "pointwise": 1x1 before a spatial one. "row", "column": 1xK and Kx1. "factor": stacked in a deep stem.
+_ROLES = {
+    "dense": "main",
+    "conv": "main",
+    "expand": "padded",
+    "pointwise": "strided",
+    "reduce": "pointwise",
+    "avg": "pointwise",
+    "horizontal": "row",
+    "vertical": "column",
+    "factors": "factor",
+}
+# Whose value of a field is the block's own.
+_SPEAKS = {
+    "stride": ("main", "padded", "strided", "row", "column"),
+    "dilation": ("main", "padded", "row", "column", "factor"),
+    "padding_mode": ("main", "padded", "row", "column"),
+    "padding": ("main", "padded"),
+}
+_ONE = (1, 1)
+_ZERO = (0, 0)
+_WRITTEN = ("stride", "padding", "dilation", "padding_mode")
+
+
+def parts_of(block: nn.Module) -> Iterator[Part]:
+    """The convolutions of a block that have a geometry, nested blocks among them."""
+    for name, child in block._modules.items():
+        role = _ROLES.get(name)
+        if role is None or child is None:
+            continue
+        members = child._modules.items() if isinstance(child, nn.ModuleList) else ((None, child),)
+        for at, module in members:
+            if hasattr(module, "padding_mode"):
+                yield Part(name if at is None else f"{name}.{at}", module, role)
+
+
+def _canonical(role: str, g: Geometry) -> tuple[Any, Any, Any, str]:
+    """(stride, padding, dilation, padding_mode) of a part in a block of geometry `g`; dilation None: any."""
+    if role == "main":
+        return g.stride, g.padding, g.dilation, g.padding_mode
+    if role == "padded":
+        return g.stride, _ZERO, g.dilation, "zeros"
+    if role == "strided":
+        return g.stride, _ZERO, None, "zeros"
+    if role == "pointwise":
+        return _ONE, _ZERO, None, "zeros"
+    if role == "factor":
+        return _ONE, g.dilation, g.dilation, "zeros"
+    return g.stride, _line_padding(role, g), g.dilation, "zeros"
+
+
+def _line_padding(role: str, g: Geometry) -> tuple[int, int]:
+    """A line lies on the middle of the kernel: across itself it needs only what the middle sees beyond the input."""
+    if g.padding_mode != "zeros":
+        return _ZERO
+    padding, across = list(g.pad), 0 if role == "row" else 1
+    padding[across] = max(g.pad[across] - same_padding(g.kernel_size, g.dilation)[across], 0)
+    return padding[0], padding[1]
+
+
+def disagrees(block: nn.Module, g: Geometry) -> bool:
+    """Whether a part is not as `push` leaves it. Cheap: it is asked in every forward."""
+    for _, module, role in parts_of(block):
+        stride, padding, dilation, mode = _canonical(role, g)
+        if module.stride != stride or module.padding != padding or module.padding_mode != mode:
+            return True
+        if dilation is not None and module.dilation != dilation:
+            return True
+    return False
+
+
+def push(block: nn.Module, g: Geometry) -> None:
+    """Write the block's geometry into the convolutions inside."""
+    for _, module, role in parts_of(block):
+        for name, value in zip(_WRITTEN, _canonical(role, g), strict=True):
+            if value is not None and getattr(module, name) != value:
+                setattr(module, name, value)
+        if "_reversed_padding_repeated_twice" in vars(module):
+            # nn.Conv2d pads by this list, made once, in the other padding modes.
+            height, width = _pad_of(module)
+            module._reversed_padding_repeated_twice = [width, width, height, height]
+
+
+def _pair(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    items = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    return items * 2 if len(items) == 1 else items
+
+
+def _pad_of(conv: Any) -> tuple[int, int]:
+    """The pixels that a convolution's `padding` stands for."""
+    padding = _pair(conv.padding)
+    if not isinstance(padding, str):
+        return padding
+    return _ZERO if padding == "valid" else same_padding(_pair(conv.kernel_size), _pair(conv.dilation))
+
+
+def agreed(block: nn.Module, g: Geometry) -> Geometry:
+    """The geometry that the convolutions inside a block have in common. ValueError, with what each has, if none."""
+    parts = list(parts_of(block))
+    wanted = g
+    for field in ("stride", "dilation", "padding_mode", "padding"):
+        proposed = {value for part in parts for value in _proposals(part, field, g)}
+        if field == "padding" and not any(role in ("main", "padded") for _, _, role in parts):
+            proposed = _padding_of_lines(parts, g)
+        if len(proposed) > 1:
+            raise _disagreement(block, g, parts)
+        for value in proposed:
+            wanted = _with(wanted, field, value)
+    if any(role == "factor" for _, _, role in parts) and wanted.dilation != g.dilation:
+        if g.pad != same_padding(g.kernel_size, g.dilation):
+            raise _disagreement(block, g, parts)
+        wanted = _with(wanted, "padding", same_padding(g.kernel_size, wanted.dilation))
+    if not all(_fits(part, wanted) for part in parts):
+        raise _disagreement(block, g, parts)
+    return wanted
+
+
+def _with(g: Geometry, field: str, value: Any) -> Geometry:
+    return rewritten(g, **{field: value})
+
+
+def rewritten(g: Geometry, **changes: Any) -> Geometry:
+    """The geometry with other values in it, checked as those of a new block."""
+    given = g._asdict() | changes
+    del given["pad"]
+    if changes.get("padding", g.padding) == "same" and _pair(given["stride"]) != _ONE:
+        given["padding"] = g.pad  # as the stride is written, "same" is what it was
+    return check_geometry(**given)
+
+
+def _proposals(part: Part, field: str, g: Geometry) -> Iterator[Any]:
+    """What a part that was rewritten says about a field of the block."""
+    module, role = part.module, part.role
+    before = dict(zip(_WRITTEN, _canonical(role, g), strict=True))
+    now = _pair(getattr(module, field)) if field != "padding_mode" else module.padding_mode
+    if role in _SPEAKS[field] and before[field] is not None and now != before[field]:
+        yield now
+
+
+def _padding_of_lines(parts: list[Part], g: Geometry) -> set[Any]:
+    """What 1xK and Kx1 say, each about the axis along it, where nothing else has the block's padding."""
+    pad = list(g.pad)
+    alongs = {0 if role == "column" else 1: module for _, module, role in parts if role in ("row", "column")}
+    for along, module in alongs.items():
+        pad[along] = _pad_of(module)[along]
+    if len(alongs) == 1 and g.pad[0] == g.pad[1]:
+        pad = [pad[along] for along in alongs] * 2
+    return {(pad[0], pad[1])} if alongs and g.padding_mode == "zeros" else set()
+
+
+def _fits(part: Part, g: Geometry) -> bool:
+    """Whether a part may stand in a block of this geometry, as `push` leaves it or as a walk over all parts does."""
+    module, role = part.module, part.role
+    stride, padding, dilation, mode = _canonical(role, g)
+    if _pair(module.stride) != stride or (dilation is not None and _pair(module.dilation) != dilation):
+        return False
+    if role == "main" and module.padding_mode != mode:
+        return False
+    if role in ("padded", "row", "column") and module.padding_mode not in ("zeros", g.padding_mode):
+        return False
+    own = _pad_of(module)
+    if role == "main":
+        return own == g.pad
+    if role == "padded":
+        return own in (_ZERO, g.pad)
+    if role in ("row", "column"):
+        return own in (padding, (0, g.pad[1]) if role == "row" else (g.pad[0], 0))
+    return own == padding or (role == "factor" and own in (_ONE, g.dilation))
+
+
+def _disagreement(block: nn.Module, g: Geometry, parts: list[Part]) -> ValueError:
+    seen = {name: ", ".join(f"{field}={getattr(module, field)!r}" for field in _WRITTEN) for name, module, _ in parts}
+    listed = "; ".join(f"{name}: {text}" for name, text in seen.items())
+    return ValueError(
+        f"{type(block).__name__}: the convolutions inside were rewritten and do not agree on one geometry ({listed}; "
+        f"the block: stride={g.stride}, padding={g.padding!r}, dilation={g.dilation}, "
+        f"padding_mode={g.padding_mode!r}). Rewrite the block's own attributes, or all of its convolutions alike"
+    )
