@@ -15,6 +15,7 @@ from torch import nn
 
 from repkern.nn import fold
 from repkern.nn._follow import Followers, norms_after
+from repkern.nn._lookalikes import lookalikes, weight_readers
 from repkern.nn._surgery import replace_modules
 from repkern.nn.block import RepBlock
 from repkern.nn.orepa import OREPAConv2d
@@ -26,16 +27,24 @@ _logger = logging.getLogger("repkern")
 
 @dataclass
 class ReplaceReport:
-    """What `replace_convs` did, by module name: `replaced`, `skipped` (name -> reason), `folded` (conv -> its norm)."""
+    """What `replace_convs` did, by module name: `replaced`, `skipped` (name -> reason), `folded` (conv -> its norm).
+
+    For information: `lookalikes`, convolutions of other classes than nn.Conv2d (name -> class), which it never takes;
+    `weight_readers`, convolutions whose weight the code of a parent reads (name -> who), as far as its source tells.
+    """
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
+    lookalikes: dict[str, str] = field(default_factory=dict)
+    weight_readers: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)} convolutions, left {len(self.skipped)}"]
         lines += [f"  left {name or '(root)'}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  {name}: took over norm {norm}" for name, norm in self.folded.items()]
+        lines += [f"  not taken {name or '(root)'}: {what}" for name, what in self.lookalikes.items()]
+        lines += [f"  look at {name}: {who}" for name, who in self.weight_readers.items()]
         return "\n".join(lines)
 
 
@@ -77,6 +86,8 @@ def replace_convs(
             "it, training diverges (paper, Table 3): leave fold_norm=False, or use OREPABlock"
         )
     norms, doubtful = norms_after(model) if fold_norm else Followers({}, {})
+    report.lookalikes.update(lookalikes(model))
+    report.weight_readers.update(weight_readers(model))
     new_of: dict[int, nn.Module] = {}
     for name, conv in _convolutions(model):
         norm_name, norm = norms.get(id(conv), ("", None))
