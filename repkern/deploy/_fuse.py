@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ from repkern.deploy._convertible import (
 )
 from repkern.deploy.inference_conv import InferenceConv2d
 from repkern.deploy.inference_linear import InferenceLinear
+from repkern.nn._tracing import restored
 from repkern.nn.fold import fuse_bn
+from repkern.nn.verify import Call
 
 __all__ = ["Untraceable", "fuse_graph", "keeps_meaning_channels_last", "trace"]
 
@@ -40,33 +43,50 @@ class _Tracer(fx.Tracer):
             or super().is_leaf_module(m, module_qualified_name)
         )
 
+    def create_arg(self, a: Any) -> Any:
+        """A dictionary of another class stays one of that class; fx itself makes a plain dict of it."""
+        if isinstance(a, dict) and type(a) is not dict and not isinstance(a, fx.immutable_collections.immutable_dict):
+            items: Any = super().create_arg(dict(a))
+            if dataclasses.is_dataclass(a):
+                return self.create_node("call_function", type(a), (), items)
+            return self.create_node("call_function", type(a), (items,), {})
+        return super().create_arg(a)
 
-def trace(model: nn.Module, args: Sequence[Any]) -> fx.GraphModule:
-    """The calls of model(*args) as a graph; what is no tensor among args, and parameters beyond them, is fixed.
+
+def trace(model: nn.Module, call: Call) -> fx.GraphModule:
+    """A call of the model as a graph; what is not a tensor among its arguments, and the defaults of others, is fixed.
 
     Untraceable where Python decides on values, and where calling the model leaves something behind in its modules:
     in a graph that would happen no more.
     """
     if has_hooks(model):
         raise Untraceable("the model itself has hooks")
-    fixed = _fixed_arguments(model, args)
+    fixed = _fixed_arguments(model, call)
     before = {module: (dict(vars(module)), _versions(module)) for module in model.modules()}
+    with restored(model) as kept:
+        traced, changed = _traced(model, fixed, before)
+    if changed or kept.nodes:
+        raise Untraceable(f"calling it changes {', '.join(dict.fromkeys(changed or ['lists that its modules hold']))}")
+    return traced
+
+
+def _traced(
+    model: nn.Module, fixed: dict[str, Any], before: dict[nn.Module, tuple[dict[str, Any], list[int]]]
+) -> tuple[fx.GraphModule, list[str]]:
+    """The graph, and the classes of modules that changed meanwhile."""
     try:
         graph = _Tracer().trace(model, concrete_args=fixed or None)
+        defaults = False
         for node in graph.nodes:
             node.type = None  # annotations may be strings, which torch.fx cannot write into the code that it pickles
+            if node.op == "placeholder":  # in Python's order; that all are given is seen to by the caller
+                defaults = defaults or bool(node.args)
+                node.args = node.args or ((None,) if defaults else ())
         traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
     except Exception as problem:  # user code runs on proxies and may raise anything
         first = str(problem).strip().partition("\n")[0]
         raise Untraceable(f"{type(problem).__name__}: {first}") from None
-    finally:
-        changed = [type(module).__name__ for module, state in before.items() if _differs(module, *state)]
-        for module, (state, _) in before.items():
-            module.__dict__.clear()
-            module.__dict__.update(state)
-    if changed:
-        raise Untraceable(f"calling it changes {', '.join(dict.fromkeys(changed))}")
-    return traced
+    return traced, [type(module).__name__ for module, state in before.items() if _differs(module, *state)]
 
 
 def _versions(module: nn.Module) -> list[int]:
@@ -81,14 +101,14 @@ def _differs(module: nn.Module, before: dict[str, Any], versions: list[int]) -> 
     return any(now[name] is not value for name, value in before.items())
 
 
-def _fixed_arguments(model: nn.Module, args: Sequence[Any]) -> dict[str, Any]:
+def _fixed_arguments(model: nn.Module, call: Call) -> dict[str, Any]:
     """What is no tensor among the arguments, and the defaults of those not given, by name."""
     fixed: dict[str, Any] = {}
     for at, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise Untraceable("its forward takes any number of arguments")
-        given = at < len(args) and parameter.kind is not parameter.KEYWORD_ONLY
-        value = args[at] if given else parameter.default
+        given = at < len(call.args) and parameter.kind is not parameter.KEYWORD_ONLY
+        value = call.args[at] if given else call.kwargs.get(parameter.name, parameter.default)
         if isinstance(value, Tensor):
             continue
         if not (value is None or isinstance(value, int | float | str)):

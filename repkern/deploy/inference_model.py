@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from repkern.deploy._arena import gather_weights
 from repkern.deploy.inference_conv import InferenceConv2d
 from repkern.deploy.report import OptimizeReport
-from repkern.nn.verify import floating_tensors
+from repkern.nn._trees import floating_tensors, leaves, map_tensors
 
-__all__ = ["InferenceModel"]
+__all__ = ["InferenceModel", "in_order"]
 
 
 class InferenceModel(nn.Module):
@@ -39,6 +39,9 @@ class InferenceModel(nn.Module):
         super().__init__()
         self.report = report
         self._parameters_of_forward = tuple(parameters)
+        # An argument without a default after one with a default can be given by its name only.
+        required = [default is inspect.Parameter.empty for _, default in parameters]
+        self._needs_names = required != sorted(required, reverse=True)
         self._dtype = dtype
         self._channels_last = report.channels_last
         # Not a submodule: its children, parameters and buffers are this module's own, under their own names.
@@ -62,8 +65,8 @@ class InferenceModel(nn.Module):
                 "a model of optimize_for_inference gives no gradients, but an input requires one: use the model it was "
                 "made from, or torch.no_grad()"
             )
-        if kwargs and self.report.traced:
-            args, kwargs = self._positional(args, kwargs), {}
+        if self.report.traced and (kwargs or self._needs_names):
+            args, kwargs = in_order(self._parameters_of_forward, args, kwargs), {}
         with torch.no_grad():
             return self._run(args, kwargs)
 
@@ -73,17 +76,14 @@ class InferenceModel(nn.Module):
             channels_last = not torch._C._are_functorch_transforms_active()  # vmap's maps have no memory formats
         if not channels_last and self._dtype is None:
             return self._body(*args, **kwargs)
-        contiguous = channels_last and any(_is_nchw(arg) for arg in args)
-        args = tuple(self._inside(arg, channels_last) for arg in args)
-        kwargs = {name: self._inside(arg, channels_last) for name, arg in kwargs.items()}
+        contiguous = channels_last and any(_is_nchw(leaf) for leaf in leaves((args, kwargs)))
+        args, kwargs = map_tensors(lambda tensor: self._inside(tensor, channels_last), (args, kwargs))
         result = self._body(*args, **kwargs)
         if isinstance(result, Tensor):
             return self._outside(result, contiguous)
-        return tree_map_only(Tensor, lambda tensor: self._outside(tensor, contiguous), result)
+        return map_tensors(lambda tensor: self._outside(tensor, contiguous), result)
 
-    def _inside(self, x: Any, channels_last: bool) -> Any:
-        if not isinstance(x, Tensor):
-            return x
+    def _inside(self, x: Tensor, channels_last: bool) -> Tensor:
         if self._dtype is not None and x.is_floating_point():
             x = x.to(self._dtype)
         return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
@@ -92,18 +92,6 @@ class InferenceModel(nn.Module):
         if self._dtype is not None and y.dtype == self._dtype:
             y = y.float()
         return y.contiguous() if contiguous and y.dim() == 4 else y
-
-    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments in order, as a graph takes them."""
-        names = [name for name, _ in self._parameters_of_forward]
-        unknown = sorted(set(kwargs) - set(names[len(args) :]))
-        if unknown:
-            raise TypeError(f"unexpected arguments {', '.join(unknown)}; the model takes {', '.join(names)}")
-        last = max(names.index(name) for name in kwargs)
-        return (
-            *args,
-            *(kwargs.get(name, default) for name, default in self._parameters_of_forward[len(args) : last + 1]),
-        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._body._save_to_state_dict(destination, prefix, keep_vars)
@@ -126,3 +114,19 @@ def _is_nchw(x: Any) -> bool:
     if not isinstance(x, Tensor) or x.dim() != 4:
         return False
     return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_order(
+    parameters: Sequence[tuple[str, Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """All arguments in order, as a graph takes them. parameters: names and defaults. TypeError for unknown names."""
+    names = [name for name, _ in parameters]
+    unknown = sorted(set(kwargs) - set(names[len(args) :]))
+    if unknown:
+        raise TypeError(f"unexpected arguments {', '.join(unknown)}; the model takes {', '.join(names)}")
+    needed = [name for name, default in parameters[len(args) :] if default is inspect.Parameter.empty]
+    missing = [name for name in needed if name not in kwargs]
+    if missing:
+        raise TypeError(f"missing argument {', '.join(missing)}; the model takes {', '.join(names)}")
+    last = max((names.index(name) for name in kwargs), default=-1)
+    return *args, *(kwargs.get(name, default) for name, default in parameters[len(args) : last + 1])

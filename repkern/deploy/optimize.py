@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from repkern.deploy._arena import gather_weights
 from repkern.deploy._cache import TimingCache
@@ -23,11 +22,12 @@ from repkern.deploy._modulewise import convert_modules
 from repkern.deploy._progress import progress_of
 from repkern.deploy.convert import quiet_about_conversion
 from repkern.deploy.inference_conv import InferenceConv2d
-from repkern.deploy.inference_model import InferenceModel
+from repkern.deploy.inference_model import InferenceModel, in_order
 from repkern.deploy.report import OptimizeReport
 from repkern.nn import reparameterize
 from repkern.nn._surgery import copied_model
-from repkern.nn.verify import Example, arguments, floating_tensors
+from repkern.nn._trees import floating_tensors, leaves, map_tensors, same_structure
+from repkern.nn.verify import Call, Example, call_of
 
 __all__ = ["PRECISIONS", "optimize_for_inference"]
 
@@ -64,7 +64,8 @@ def optimize_for_inference(
     plain model, can be copied, pickled, compiled and called by several threads, and takes other input sizes than the
     example's.
 
-    example_inputs: a tensor or a tuple of arguments, such as the model will see: times and checks are made with them.
+    example_inputs: a tensor, a tuple of arguments or a dictionary of keyword arguments, as the model will see
+    them, also in lists, dictionaries, NamedTuples and dataclasses: times and checks are made with them.
     precision: "fp32" (strict), "tf32" (GPU), "bf16" or "fp16" (weights and maps inside; outputs are float32 again).
     accuracy: what a layer may differ from torch's result, relative L2 in float32: "exact" 2e-6 without Winograd,
     "default" 5e-6, "fast" 2e-5 with F6. The outputs may differ by 1e-5 of the largest ("fast" 1e-4), else methods are
@@ -75,21 +76,21 @@ def optimize_for_inference(
 
     TypeError and ValueError for arguments that cannot be; what the model raises on the example comes through.
     """
-    args = arguments(example_inputs)
-    _check(model, args, precision, accuracy, memory, methods)
+    call = call_of(example_inputs)
+    _check(model, call, precision, accuracy, memory, methods)
     with torch.no_grad(), _strict(precision):
         base = _plain_copy(model, precision)
-        device, dtype = _place(base, args)
+        device, dtype = _place(base, call)
         if precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision='tf32' is of GPUs, the model is on {device.type}: use 'fp32' or 'bf16'")
         inner = PRECISIONS[precision] if dtype == torch.float32 else None
         report = OptimizeReport(precision, accuracy, str(device), torch.get_num_threads())
-        wanted = _run(base, args)
+        wanted = call(base)
         if inner is not None:
             base = base.to(inner)
-        made = _make(base, args, wanted, inner, report)
+        made = _make(base, call, wanted, inner, report)
         rules = Rules(accuracy, memory, None if methods is None else frozenset(methods))
-        _choose(made, args, wanted, rules, TimingCache(cache), progress)
+        _choose(made, call, wanted, rules, TimingCache(cache), progress)
     return made.model
 
 
@@ -99,9 +100,7 @@ class _Made(NamedTuple):
     difference: float
 
 
-def _check(
-    model: Any, args: Sequence[Any], precision: str, accuracy: str, memory: Any, methods: Collection[str] | None
-) -> None:
+def _check(model: Any, call: Call, precision: str, accuracy: str, memory: Any, methods: Collection[str] | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize_for_inference: the model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, InferenceModel):
@@ -118,7 +117,7 @@ def _check(
         raise ValueError(
             f"optimize_for_inference: there is no method {', '.join(unknown)}; there are {', '.join(METHODS)}"
         )
-    tensors = list(floating_tensors(args))
+    tensors = list(floating_tensors(call))
     if not tensors:
         raise ValueError("optimize_for_inference: example_inputs hold no floating-point tensor")
     for tensor in tensors:
@@ -135,11 +134,11 @@ def _plain_copy(model: nn.Module, precision: str) -> nn.Module:
         return reparameterize(model).eval().requires_grad_(False)
 
 
-def _place(model: nn.Module, args: Sequence[Any]) -> tuple[torch.device, torch.dtype]:
+def _place(model: nn.Module, call: Call) -> tuple[torch.device, torch.dtype]:
     """Where and in what the model computes: as its first floating parameter or buffer, else as the example."""
-    own = [*model.parameters(), *model.buffers(), *floating_tensors(args)]
+    own = [*model.parameters(), *model.buffers(), *floating_tensors(call)]
     first = next(tensor for tensor in own if tensor.is_floating_point())
-    wrong = [tensor for tensor in floating_tensors(args) if tensor.device != first.device]
+    wrong = [tensor for tensor in floating_tensors(call) if tensor.device != first.device]
     if wrong:
         raise ValueError(
             f"optimize_for_inference: the model is on {first.device} but example_inputs are on {wrong[0].device}"
@@ -161,13 +160,7 @@ def _strict(precision: str) -> Iterator[None]:
         flag.allow_tf32 = before
 
 
-def _run(model: nn.Module, args: Sequence[Any]) -> Any:
-    return model(*args)
-
-
-def _make(
-    base: nn.Module, args: Sequence[Any], wanted: Any, inner: torch.dtype | None, report: OptimizeReport
-) -> _Made:
+def _make(base: nn.Module, call: Call, wanted: Any, inner: torch.dtype | None, report: OptimizeReport) -> _Made:
     """The model with its layers exchanged, all computed by torch yet: of the ways to do it, the first that is right."""
     dtype = inner or next((tensor.dtype for tensor in floating_tensors([wanted])), torch.float32)
     failures: list[str] = []
@@ -175,8 +168,8 @@ def _make(
         attempt = copy.copy(report)
         attempt.notes = list(failures)
         try:
-            made = _attempt(base, args, inner, attempt, traced, option)
-            difference = _difference(_run(made.model, args), wanted)
+            made = _attempt(base, call, inner, attempt, traced, option)
+            difference = _difference(call(made.model), wanted)
         except Exception as problem:  # whatever user code does with what it was not written for
             text = str(problem).strip().partition("\n")[0]
             failures.append(_failure(traced, option, text if isinstance(problem, Untraceable) else repr(problem)))
@@ -195,10 +188,10 @@ def _failure(traced: bool, option: bool, why: str) -> str:
 
 
 def _attempt(
-    base: nn.Module, args: Sequence[Any], inner: torch.dtype | None, report: OptimizeReport, traced: bool, option: bool
+    base: nn.Module, call: Call, inner: torch.dtype | None, report: OptimizeReport, traced: bool, option: bool
 ) -> _Made:
     model = copied_model(base)
-    inside = [arg.to(inner) if inner and isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+    inside: Call = map_tensors(lambda t: t.to(inner) if inner and t.is_floating_point() else t, call)
     if not traced:
         body, layers = convert_modules(model, report.precision, neighbours=option)
         return _Made(_wrapped(body, inner, report), layers, 0.0)
@@ -207,10 +200,10 @@ def _attempt(
     graph = trace(model, inside)
     if option and not keeps_meaning_channels_last(graph):
         raise Untraceable("it depends on the order of maps in memory")
-    layers = fuse_graph(graph, inside, report.precision, option)
+    parameters = [(p.name, p.default) for p in inspect.signature(model.forward).parameters.values()]
+    layers = fuse_graph(graph, in_order(parameters, *inside), report.precision, option)
     report.traced, report.channels_last = True, option
-    signature = inspect.signature(model.forward).parameters.values()
-    return _Made(_wrapped(graph, inner, report, [(p.name, p.default) for p in signature]), layers, 0.0)
+    return _Made(_wrapped(graph, inner, report, parameters), layers, 0.0)
 
 
 def _wrapped(
@@ -227,32 +220,28 @@ def _wrapped(
 
 def _difference(got: Any, wanted: Any) -> float:
     """Of nested outputs, relative to the largest value of each; infinite where they are not alike."""
-    mine, mine_spec = tree_flatten(got)
-    own, own_spec = tree_flatten(wanted)
-    if mine_spec != own_spec:
+    if not same_structure(got, wanted):
         return float("inf")
-    worst = 0.0
-    for one, other in zip(mine, own, strict=True):
-        if not isinstance(other, Tensor):
-            if one is not other and one != other:
-                return float("inf")
-            continue
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return float("inf")
-        finite = torch.isfinite(other) if other.is_floating_point() else torch.ones_like(other, dtype=torch.bool)
-        one, other = one[finite].double(), other[finite].double()
-        if other.numel():
-            largest = float(other.abs().max())
-            difference = float((one - other).abs().max())
-            worst = max(worst, difference / largest if largest else difference)
-            if difference != difference:
-                return float("inf")
-    return worst
+    pairs = zip(leaves(got), leaves(wanted), strict=True)
+    return max((_difference_of_leaves(one, other) for one, other in pairs), default=0.0)
 
 
-def _choose(
-    made: _Made, args: Sequence[Any], wanted: Any, rules: Rules, cache: TimingCache, progress: bool | None
-) -> None:
+def _difference_of_leaves(one: Any, other: Any) -> float:
+    if not isinstance(other, Tensor):
+        return 0.0 if one is other or one == other else float("inf")
+    if not isinstance(one, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
+        return float("inf")
+    finite = torch.isfinite(other) if other.is_floating_point() else torch.ones_like(other, dtype=torch.bool)
+    one, other = one[finite].double(), other[finite].double()
+    if not other.numel():
+        return 0.0
+    largest, difference = float(other.abs().max()), float((one - other).abs().max())
+    if difference != difference:
+        return float("inf")
+    return difference / largest if largest else difference
+
+
+def _choose(made: _Made, call: Call, wanted: Any, rules: Rules, cache: TimingCache, progress: bool | None) -> None:
     model, layers = made.model, made.layers
     report = model.report
     with progress_of(len(layers), progress) as step:
@@ -260,7 +249,7 @@ def _choose(
         for layer in layers:
             layer.chooser = chooser
         try:
-            _run(model, args)
+            call(model)
         finally:
             for layer in layers:
                 layer.chooser = None
@@ -269,7 +258,7 @@ def _choose(
     skip: list[str] = []
     while True:
         stepped = decide(chooser.records, rules, skip)
-        report.difference = _difference(_run(model, args), wanted)
+        report.difference = _difference(call(model), wanted)
         used = {name for layer in layers for name in (layer.method, *layer.methods.values())}
         tile = max((METHODS[name].tile for name in used), default=0)
         if report.difference <= limit or not tile:

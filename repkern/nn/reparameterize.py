@@ -45,7 +45,8 @@ def reparameterize(
     converted once and its plain module sits in all of them; hooks, training flag, dtype, device and requires_grad are
     kept. Idempotent: a model without blocks comes back unchanged.
 
-    verify: example input, a tensor or a tuple of arguments. The model is run before and after, in eval mode without
+    verify: example input, a tensor, a tuple of arguments or a dictionary of keyword arguments. These and the outputs
+    can be in lists, dictionaries, NamedTuples and dataclasses. The model is run before and after, in eval mode without
     gradients, in its own precision and, where it runs there, converted and compared in float64 as well. ValueError is
     raised, with the largest difference, where it is, the bound and the first block that differs, when the two disagree
     by more than rounding; also for parameters, statistics (by name) or outputs that are NaN or infinite.
