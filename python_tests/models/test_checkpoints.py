@@ -51,7 +51,7 @@ def test_every_mismatch_is_listed_and_the_model_untouched():
     with pytest.raises(ValueError) as caught:
         load_checkpoint(state, model)
     for text in (
-        "missing: 0.conv.origin.weight.weight",
+        "missing: 0.conv.origin.weight",
         "missing: 2.bias",
         "unexpected: head.weight",
         "0.conv.avg.weight: (6, 5), the model has (6, 4)",

@@ -30,9 +30,9 @@ def test_training_equals_the_scaled_branches(train_scales, explicit, randomize, 
         block = randomize(explicit.make(CSLABlock, geometry, train_scales=train_scales, activation=nn.ReLU()))
         assert (block.pointwise is None) == (block.pointwise_scale is None) == (k == 1)
         assert (block.identity_scale is None) == (ci != co or stride != 1 or geometry[5] in (0, (0, 3)))
-        trained = [name for name, p in block.named_parameters() if name.endswith("scale") and p.requires_grad]
+        trained = [name for name, p in block.named_parameters() if name.endswith("scale.weight") and p.requires_grad]
         wanted = {"all": ("dense_scale", "pointwise_scale", "identity_scale"), "identity": ("identity_scale",)}
-        assert trained == [n for n in wanted.get(train_scales, ()) if getattr(block, n) is not None]
+        assert trained == [f"{n}.weight" for n in wanted.get(train_scales, ()) if getattr(block, n) is not None]
         explicit.check_training(block, scaled_branches(block, explicit), same, str(geometry))
         explicit.check_fused(block, same)
 

@@ -56,7 +56,7 @@ def test_in_a_pretrained_net(explicit, randomize, same):
 
 
 def test_bad_arguments_name_the_value():
-    with pytest.raises(ValueError, match="num_conv_branches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_conv_branches must be from 1 to 256, got 0"):
         MobileOneBlock(4, 4, 3, num_conv_branches=0)
     block = MobileOneBlock(4, 4, 3)
     nn.init.zeros_(block.dense_bn[0].weight)

@@ -84,7 +84,11 @@ class CSLABlock(_NormedBlock):
 
     def _scale(self, name: str, value: float | Tensor) -> BranchWeight:
         scale = torch.ones_like(self.dense.weight[:, 0, 0, 0]).detach()
+        if not isinstance(value, Tensor | float | int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number or a tensor [{scale.numel()}], got {value!r}")
         start = torch.as_tensor(value, dtype=scale.dtype, device=scale.device).detach()
+        if start.device.type != "meta" and not torch.isfinite(start).all():
+            raise ValueError(f"{name} must be finite, got {value!r}")
         if start.dim() > 1 or start.numel() not in (1, scale.numel()):
             raise ValueError(f"{name} must be a number or [{scale.numel()}], got {tuple(start.shape)}")
         trained = self.train_scales == "all" or (self.train_scales == "identity" and name == "identity_scale")

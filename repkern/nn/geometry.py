@@ -66,8 +66,10 @@ def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, in
     counts = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
     checked = [_integer(name, value) for name, value in counts.items()]
     for name, value in zip(counts, checked, strict=True):
-        if not 1 <= value <= _LARGEST:
-            raise ValueError(f"{name} must be at least 1 and at most {_LARGEST}, got {value}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value > _LARGEST:
+            raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
     for name, value in zip(("in_channels", "out_channels"), checked, strict=False):
         if value % checked[2]:
             raise ValueError(f"{name} (={value}) must be divisible by groups (={checked[2]})")
@@ -96,6 +98,8 @@ def check_geometry(
     ci, co, g = _channels(in_channels, out_channels, groups)
     kernel = _odd_square(kernel_size)
     strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if max(dilations) * (kernel[0] - 1) > _LARGEST:
+        raise ValueError(f"dilation * (K - 1) must be at most {_LARGEST}, got dilation={dilation!r} and K={kernel[0]}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
     same = same_padding(kernel, dilations)

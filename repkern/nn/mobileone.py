@@ -14,6 +14,8 @@ from repkern.nn.repvgg import RepVGGForm
 
 __all__ = ["MobileOneBlock"]
 
+_MOST_BRANCHES = 256  # the released networks have up to 4; a typing error should not fill the memory
+
 
 class MobileOneBlock(RepVGGForm):
     """activation(se( sum of n BN(KxK) [+ BN(1x1) when K > 1] [+ BN(x) when Ci = Co, stride 1 and the size is kept] )).
@@ -51,8 +53,8 @@ class MobileOneBlock(RepVGGForm):
         geometry = check_geometry(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
-        if num_conv_branches < 1:
-            raise ValueError(f"num_conv_branches must be at least 1, got {num_conv_branches}")
+        if not 1 <= num_conv_branches <= _MOST_BRANCHES:
+            raise ValueError(f"num_conv_branches must be from 1 to {_MOST_BRANCHES}, got {num_conv_branches}")
         super().__init__(geometry, activation, se, None, recompute, device, dtype)
         count = range(num_conv_branches)
         self.dense = nn.ModuleList(plain_conv(geometry, device, dtype) for _ in count)

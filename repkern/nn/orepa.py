@@ -216,8 +216,12 @@ class OREPAConv2d(KernelConv2d):
         if self.prior_filter is None:
             return
         wide = torch.promote_types(self.dtype, torch.float32)
-        filters = dct_kernel(self.out_channels, self.kernel_size[0], dtype=wide)
-        self.register_buffer("prior_filter", filters.to(self.origin.weight.device), persistent=False)
+        device = self.origin.weight.device
+        if device.type == "meta":  # nothing to compute, and nothing to fill the memory with
+            filters = torch.empty_like(self.prior_filter, dtype=wide)
+        else:
+            filters = dct_kernel(self.out_channels, self.kernel_size[0], dtype=wide).to(device)
+        self.register_buffer("prior_filter", filters, persistent=False)
 
     def set_prior_filter(self, filters: Tensor) -> None:
         """Use other fixed filters [Co, K, K] in the prior branch; from now on they are part of the state_dict."""
