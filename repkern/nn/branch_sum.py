@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from repkern.nn._affine_norm import AffineNorm, affine_norm, check_normalized
 from repkern.nn._norm_state import is_plain, sync_group, untouched, update_running, uses_batch
 from repkern.nn.recompute import Recompute, current_tape
 from repkern.nn.sync_norm import Known, synced_branch_norm_add, synced_statistics
@@ -81,16 +83,14 @@ def norm_scale_shift(y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
     In train mode from the batch's statistics (differentiable through y), which also update the running ones; in eval
     mode from the running statistics. For norms whose result is then convolved: scaling the kernel is cheaper than
-    writing the normalized map. In at least float32. TypeError for a norm that is no BatchNorm2d or SyncBatchNorm.
+    writing the normalized map. In at least float32. TypeError for what `affine_norm` does not know.
     """
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        raise TypeError(f"norm_scale_shift needs a BatchNorm2d or SyncBatchNorm, got {type(norm).__name__}")
-    own: Any = norm
-    mean, var = _statistics(y, norm)
-    scale = torch.rsqrt(var + own.eps)
-    scale = scale if own.weight is None else scale * own.weight.to(scale.dtype)
+    affine = affine_norm(norm)
+    mean, var = _statistics(y, norm, affine)
+    scale = torch.rsqrt(var + affine.eps)
+    scale = scale if affine.weight is None else scale * affine.weight.to(scale.dtype)
     shift = -mean * scale
-    return scale, shift if own.bias is None else shift + own.bias.to(scale.dtype)
+    return scale, shift if affine.bias is None else shift + affine.bias.to(scale.dtype)
 
 
 def _map(branch: Branch, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def _frozen(plan: _Plan) -> _Plan:
     return plan._replace(norms=norms)
 
 
-def _statistics(y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _statistics(y: Tensor, norm: nn.Module, affine: AffineNorm) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] that `norm` normalizes y with, in at least float32; updates the running ones."""
     tape = current_tape()
     if tape is not None and tape.replaying:
@@ -228,10 +228,9 @@ def _statistics(y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
             return given
         mean, var = branch_norm_statistics([y]) if group is None else synced_statistics([y], group, earlier)[:2]
         return mean[0], var[0]
-    own: Any = norm
     wide = torch.promote_types(y.dtype, torch.float32)
-    if not uses_batch(norm):
-        given = own.running_mean.to(wide), own.running_var.to(wide)
+    if affine.mean is not None and affine.var is not None and not (isinstance(norm, _BatchNorm) and uses_batch(norm)):
+        given = affine.mean.to(wide), affine.var.to(wide)
         if tape is not None:
             tape.note(((given[0].clone(), given[1].clone()), None, None))
         return given
@@ -256,6 +255,8 @@ def _statistics_by_module(y: Tensor, norm: nn.Module, wide: torch.dtype) -> tupl
     if tape is not None:
         tape.impure = True
     with torch.no_grad():
-        norm(y)  # updates the running statistics
+        normed = norm(y)  # updates the running statistics
     var, mean = torch.var_mean(y.to(wide), dim=(0, 2, 3), unbiased=False)
+    if _ordinary(y) and not torch.compiler.is_compiling():
+        check_normalized(norm, y, normed, mean, var)
     return mean, var

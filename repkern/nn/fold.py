@@ -7,12 +7,11 @@ and changes nothing in place. Half precision is folded in float32 and rounded on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repkern.nn._weight_hooks import current_bias, current_weight
+from repkern.nn._affine_norm import affine_norm
 from repkern.ops.compose_sequential import compose_sequential as _compose_kernels
 from repkern.ops.orepa_squeeze.prior import dct_filter as dct_kernel
 
@@ -39,17 +38,19 @@ def fuse_bn(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tenso
 
     weight [Co, ...], bias [Co] or None, a norm over Co channels -> (weight of the same shape, bias [Co]):
     weight * t and beta + (bias - mean) * t with t = gamma / sqrt(var + eps).
-    ValueError for a norm without running statistics or over another number of channels.
+    norm: a BatchNorm, or a frozen norm of another class (see `affine_norm`). ValueError for other norms, and for one
+    without running statistics or over another number of channels.
     """
-    own: Any = norm
-    mean, var = own.running_mean, own.running_var
+    try:
+        gamma, beta, mean, var, eps = affine_norm(norm)
+    except TypeError as problem:
+        raise ValueError(f"fuse_bn: {problem}") from problem
     if mean is None or var is None:
         raise ValueError("fuse_bn: a norm without running statistics (track_running_stats=False) cannot be folded")
     if mean.shape != weight.shape[:1]:
         raise ValueError(f"fuse_bn: the norm has {mean.shape[0]} channels but the weight has {weight.shape[0]} outputs")
     wide = torch.float32 if weight.dtype in _HALF else weight.dtype
-    factor = torch.rsqrt(var.to(wide) + own.eps)
-    gamma, beta = current_weight(norm), current_bias(norm)
+    factor = torch.rsqrt(var.to(wide) + eps)
     if gamma is not None:
         factor = factor * gamma.to(wide)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repkern.nn._affine_norm import affine_norm
 from repkern.nn._norm_state import uses_batch
 from repkern.nn.block import RepBlock
 from repkern.nn.branch_sum import norm_scale_shift
@@ -146,9 +147,10 @@ def _can_remake(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _norm_of_zero(norm: Any) -> Tensor:
-    if norm.running_mean is None:
+def _norm_of_zero(norm: nn.Module) -> Tensor:
+    weight, bias, mean, var, eps = affine_norm(norm)
+    if mean is None or var is None:
         raise ValueError("border='released' needs inner norms with running statistics; use border='exact'")
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    value = -norm.running_mean * (scale if norm.weight is None else scale * norm.weight)
-    return value if norm.bias is None else value + norm.bias
+    scale = torch.rsqrt(var + eps)
+    value = -mean * (scale if weight is None else scale * weight)
+    return value if bias is None else value + bias

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from repkern.nn._surgery import copied_model, replace_modules
 from repkern.nn.block import RepBlock
@@ -108,12 +108,14 @@ def _under(prefix: str, pick: _Pick) -> _Pick:
     return lambda name, module: pick(f"{prefix}.{name}" if name else prefix, module)
 
 
-def _norms_in_blocks(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+def _norms_in_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """BatchNorms, and other modules with running statistics."""
     seen: set[int] = set()
     for prefix, block in model.named_modules():
         if is_block(block):
             for name, norm in block.named_modules(prefix=prefix):
-                if isinstance(norm, _BatchNorm) and id(norm) not in seen:
+                statistics = [getattr(norm, part, None) for part in ("running_mean", "running_var")]
+                if id(norm) not in seen and all(isinstance(tensor, Tensor) for tensor in statistics):
                     seen.add(id(norm))
                     yield name, norm
 
@@ -127,11 +129,9 @@ def _doubts_about(model: nn.Module) -> Iterator[str]:
         )
     untouched, broken = [], []
     for name, norm in _norms_in_blocks(model):
-        if norm.running_mean is None or norm.running_var is None:
-            continue
         if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
             broken.append(name)
-        elif norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 and _is_fresh(norm):
+        elif getattr(norm, "num_batches_tracked", None) is not None and _is_fresh(norm):
             untouched.append(name)
     if untouched:
         yield (
@@ -149,7 +149,5 @@ def _some(names: list[str]) -> str:
     )
 
 
-def _is_fresh(norm: _BatchNorm) -> bool:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
+def _is_fresh(norm: Any) -> bool:
+    return int(norm.num_batches_tracked) == 0 and not norm.running_mean.any() and bool((norm.running_var == 1).all())
