@@ -14,21 +14,24 @@ from torch import nn
 
 from repkern.nn.geometry import Geometry, check_geometry, same_padding
 
-__all__ = ["Part", "agreed", "disagrees", "parts_of", "push"]
+__all__ = ["ROLES", "Expected", "Part", "agreed", "disagrees", "expected", "parts_of", "push", "rewritten"]
 
 
 class Part(NamedTuple):
-    """A convolution inside a block: its dotted name, the module, and what it is there for (see `_ROLES`)."""
+    """A convolution inside a block: its dotted name, the module, and what it is there for (see `ROLES`)."""
 
     name: str
     module: Any
     role: str
 
 
+#: stride, padding, dilation (None: any), padding_mode
+Expected = tuple[Any, Any, Any, str]
+
 # What the convolutions of our blocks are for, by the names they have in all of them:
 # "main": the block's own geometry. "padded": reads a map that is padded already. "strided": 1x1 at the block's stride.
 # "pointwise": 1x1 before a spatial one. "row", "column": 1xK and Kx1. "factor": stacked in a deep stem.
-_ROLES = {
+ROLES = {
     "dense": "main",
     "conv": "main",
     "expand": "padded",
@@ -54,7 +57,7 @@ _WRITTEN = ("stride", "padding", "dilation", "padding_mode")
 def parts_of(block: nn.Module) -> Iterator[Part]:
     """The convolutions of a block that have a geometry, nested blocks among them."""
     for name, child in block._modules.items():
-        role = _ROLES.get(name)
+        role = ROLES.get(name)
         if role is None or child is None:
             continue
         members = child._modules.items() if isinstance(child, nn.ModuleList) else ((None, child),)
@@ -63,7 +66,7 @@ def parts_of(block: nn.Module) -> Iterator[Part]:
                 yield Part(name if at is None else f"{name}.{at}", module, role)
 
 
-def _canonical(role: str, g: Geometry) -> tuple[Any, Any, Any, str]:
+def _canonical(role: str, g: Geometry) -> Expected:
     """(stride, padding, dilation, padding_mode) of a part in a block of geometry `g`; dilation None: any."""
     if role == "main":
         return g.stride, g.padding, g.dilation, g.padding_mode
@@ -87,15 +90,24 @@ def _line_padding(role: str, g: Geometry) -> tuple[int, int]:
     return padding[0], padding[1]
 
 
-def disagrees(block: nn.Module, g: Geometry) -> bool:
-    """Whether a part is not as `push` leaves it. Cheap: it is asked in every forward."""
-    for _, module, role in parts_of(block):
-        stride, padding, dilation, mode = _canonical(role, g)
-        if module.stride != stride or module.padding != padding or module.padding_mode != mode:
-            return True
-        if dilation is not None and module.dilation != dilation:
-            return True
-    return False
+def expected(g: Geometry) -> dict[str, Expected]:
+    """Name of a part -> what `push` leaves in it, for `disagrees`."""
+    return {name: _canonical(role, g) for name, role in ROLES.items()}
+
+
+def disagrees(module: Any, wanted: Expected) -> bool:
+    """Whether a part (or one in a list of parts) is not as `push` leaves it. Asked in every forward."""
+    if isinstance(module, nn.ModuleList):
+        return any(disagrees(member, wanted) for member in module)
+    if not hasattr(module, "padding_mode"):  # somebody's wrapper, whose geometry is its own affair
+        return False
+    stride, padding, dilation, mode = wanted
+    return (
+        module.stride != stride
+        or module.padding != padding
+        or module.padding_mode != mode
+        or (dilation is not None and module.dilation != dilation)
+    )
 
 
 def push(block: nn.Module, g: Geometry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections import OrderedDict
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from repkern.nn.agreement import agreed, disagrees, push, rewritten
+from repkern.nn.agreement import ROLES, agreed, disagrees, expected, push, rewritten
 from repkern.nn.branch_weight import named_as_now
 from repkern.nn.fold import KernelBias
 from repkern.nn.geometry import Geometry, same_padding
@@ -61,6 +62,8 @@ class RepBlock(nn.Module):
 
     #: Whether the block ends in a norm of its own (so one that follows it in the user's net is a second one).
     has_norm: bool = True
+    #: Whether there are convolutions inside, which have a geometry of their own.
+    _has_parts: bool = True
     #: What parameters were called in state_dicts of earlier versions -> the submodule that holds them now.
     _earlier_names: dict[str, str] = {}  # noqa: RUF012
 
@@ -90,6 +93,7 @@ class RepBlock(nn.Module):
         for name, value in zip(geometry._fields[:-1], geometry, strict=False):
             self.__dict__[name] = value
         self._geometry = geometry
+        self._expected = expected(geometry)
         self._pad = geometry.pad
         reach = same_padding(geometry.kernel_size, geometry.dilation)
         # What the centre of the kernel sees beyond the input; negative: it sees less than the whole input.
@@ -97,6 +101,8 @@ class RepBlock(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _REWRITABLE:
+            with contextlib.suppress(ValueError):  # where they disagree, the block's own attributes decide
+                self._follow_parts()
             self._take(rewritten(self._geometry, **{name: value}))
             push(self, self._geometry)
         elif name in _FIXED and value != getattr(self, name):
@@ -109,18 +115,27 @@ class RepBlock(nn.Module):
 
     def _settle(self) -> None:
         """Follow the convolutions inside where they were rewritten. ValueError when no geometry fits them all."""
-        for child in self._modules.values():
-            if isinstance(child, RepBlock):
-                child._settle()
-        if disagrees(self, self._geometry):
-            self._take(agreed(self, self._geometry))
-            push(self, self._geometry)
+        if not self._has_parts:
+            return
+        self._follow_parts()
         if self._adds_input and not self._keeps_positions:
             raise ValueError(
                 f"{type(self).__name__} adds its input to the output, which needs stride 1 and padding = dilation * "
                 f"(K // 2); now stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, "
                 f"kernel_size={self.kernel_size}"
             )
+
+    def _follow_parts(self) -> None:
+        followed = True
+        for name, child in self._modules.items():
+            if child is None or name not in ROLES:
+                continue
+            if isinstance(child, RepBlock):
+                child._settle()
+            followed = followed and not disagrees(child, self._expected[name])
+        if not followed:
+            self._take(agreed(self, self._geometry))
+            push(self, self._geometry)
 
     @property
     def _adds_input(self) -> bool:

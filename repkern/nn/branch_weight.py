@@ -32,9 +32,12 @@ class BranchWeight(nn.Module):
 
 def tensor_of(holder: nn.Module | None) -> Any:
     """The tensor of a BranchWeight, pruned or normed where it is; None of an absent one."""
-    if holder is None or not holder._forward_pre_hooks:
-        return None if holder is None else holder.weight
-    return weight_in_forward(holder)
+    if holder is None:
+        return None
+    if holder._forward_pre_hooks:
+        return weight_in_forward(holder)
+    own = holder._parameters.get("weight")  # a third of the time of `holder.weight`, and there are nine in a forward
+    return holder.weight if own is None else own
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ class CSLAConv2d(KernelConv2d, CSLABlock):  # type: ignore[misc]
     Input [N, Ci, H, W] or [Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
     """
 
+    _has_parts = True
+
     def __init__(
         self,
         in_channels: int,

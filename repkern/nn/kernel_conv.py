@@ -27,6 +27,7 @@ class KernelConv2d(RepBlock, nn.Conv2d):  # type: ignore[misc]
     """
 
     has_norm = False
+    _has_parts = False
 
     bias: nn.Parameter | None  # type: ignore[assignment]
 

@@ -169,7 +169,8 @@ class OREPAConv2d(KernelConv2d):
     @property
     def dtype(self) -> torch.dtype:
         """That of the parameters."""
-        return self.origin.weight.dtype
+        own: torch.dtype = tensor_of(self._modules["origin"]).dtype
+        return own
 
     @property
     def identity_reduce(self) -> bool:
@@ -209,8 +210,8 @@ class OREPAConv2d(KernelConv2d):
 
     def _scale_rows(self) -> Tensor:
         """[B, Co] or [B, 1]."""
-        assert self.scale is not None
-        return self.scale.weight.view(len(self.branches), -1)
+        rows: Tensor = tensor_of(self._modules["scale"]).view(len(self.branches), -1)
+        return rows
 
     def _reset_prior_filter(self) -> None:
         if self.prior_filter is None:
@@ -235,18 +236,15 @@ class OREPAConv2d(KernelConv2d):
     def squeeze_branches(self) -> SqueezeBranches:
         """This block's tensors as `repkern.ops.orepa_squeeze_many` takes them."""
         scale: Tensor | None = None
-        if self.scale is not None:
+        if self._modules["scale"] is not None:
             scale = self._scale_rows()
             if self.scaling == "scalar":
                 scale = scale.expand(-1, self.out_channels)
-        own: dict[str, Any] = {name: tensor_of(getattr(self, name)) for name in _BRANCH_WEIGHTS}
-        return SqueezeBranches(
-            **own,
-            scale=scale,
-            prior_filter=self.prior_filter,
-            groups=self.groups,
-            identity_reduce=self.reduce is not None and self.identity_reduce,
-        )
+        modules = self._modules
+        own: Any = [tensor_of(modules[name]) for name in _BRANCH_WEIGHTS]
+        identity_reduce = modules["reduce"] is not None and self.identity_reduce
+        own += [scale, self._buffers["prior_filter"], self.groups, identity_reduce]
+        return SqueezeBranches._make(own)
 
     def squeezed_kernel(
         self,
