@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repkern.nn._weight_hooks import current_bias, current_weight
 from repkern.nn.fold import fuse_bn
 from repkern.nn.geometry import Pair, check_geometry
 from repkern.nn.seven_branches import SevenBranchBlock
@@ -71,7 +72,7 @@ class DyRepBlock(SevenBranchBlock):
         assert isinstance(block, DyRepBlock)
         block.train(conv.training).requires_grad_(conv.weight.requires_grad)
         block._draw([name for name in block.branches if name != "kxk"], last_scale)
-        block.set_equivalent_kernel_bias(conv.weight, conv.bias)
+        block.set_equivalent_kernel_bias(current_weight(conv), current_bias(conv))
         return block
 
     @torch.no_grad()

@@ -91,6 +91,8 @@ def _as_layer(name: str, module: Any) -> Layer | None:
         return Layer(name, module, module.dense.weight, module.groups, module._keeps_positions)
     if isinstance(module, ConvNormAct):
         return Layer(name, module, module.conv.weight, module.groups, module._keeps_positions)
+    if isinstance(module, RepBlock):
+        return None  # its kernel is made of branches already, also where it is an nn.Conv2d
     if not isinstance(module, nn.Conv2d) or isinstance(module.weight, nn.parameter.UninitializedParameter):
         return None
     conv: Any = module

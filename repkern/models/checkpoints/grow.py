@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repkern.nn._surgery import move_hooks
+from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.dyrep import DyRepBlock
 
@@ -111,7 +112,7 @@ class Growth:
         old = _module_at(self.model, path)
         if isinstance(old, DyRepBlock) and self._is_as_stored(old, prefix, branches, internal):
             return
-        if not isinstance(old, (nn.Conv2d, DyRepBlock)):
+        if not isinstance(old, DyRepBlock) and (isinstance(old, RepBlock) or not isinstance(old, nn.Conv2d)):
             kind = "nothing" if old is None else type(old).__name__
             raise ValueError(
                 f"the checkpoint has a DyRep block at {path or '(root)'}, where the model has {kind} and no nn.Conv2d"
@@ -137,7 +138,7 @@ class Growth:
             path, _, last = name.rpartition(".")
             path = path.removesuffix(_DEPLOYED).rstrip(".")
             conv = _module_at(self.model, path) if last == "bias" else None
-            if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
+            if not isinstance(conv, nn.Conv2d) or isinstance(conv, RepBlock) or conv.bias is not None:
                 continue
             new = nn.utils.skip_init(nn.Conv2d, **_geometry(conv), bias=True, padding_mode=conv.padding_mode)
             self._put(path, conv, new.train(conv.training).requires_grad_(conv.weight.requires_grad))
