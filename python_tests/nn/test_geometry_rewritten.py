@@ -155,11 +155,23 @@ def test_nested_blocks_follow():
         is_alike(block, like)
 
 
-def test_a_stem_of_dilated_factors():
+@pytest.mark.parametrize("before", [{}, {"stride": 2}, {"stride": (2, 1), "padding": (1, 4)}])
+def test_a_stem_of_dilated_factors(before):
     torch.manual_seed(0)
-    block = made(OREPADeepStem, k=7)
+    block = made(OREPADeepStem, k=7, **before)
     dilate_all(block, 2)
     is_alike(block, made(OREPADeepStem, k=7, dilation=2, padding=6))
+
+
+@pytest.mark.parametrize("kind", [*BRANCHED, *CONVOLUTIONS, OREPADeepStem])
+def test_a_fresh_block_has_the_geometry_it_was_given(kind):
+    k = 5 if kind is OREPADeepStem else 3
+    given = {"stride": (2, 1), "padding": (1, 4), "dilation": (2, 3), "padding_mode": "circular"}
+    block = made(kind, k=k, **given)
+    fused = block.fuse()
+    for name, value in given.items():
+        assert getattr(block, name) == value, name
+        assert getattr(fused, name) == value, name
 
 
 @pytest.mark.parametrize(

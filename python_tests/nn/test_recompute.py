@@ -6,11 +6,12 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from repkern.nn import branch_sum
+from repkern.nn import DiverseBranchBlock, DyRepBlock, MobileOneBlock, RepVGGBlock, branch_sum
 from repkern.nn import recompute as recompute_module
 from repkern.nn.branch_sum import Branch, branch_norm_sum, norm_scale_shift
 
@@ -300,3 +301,20 @@ def test_a_used_block_copies():
         block.maps = []
     assert copy.deepcopy(net)(images()).requires_grad
     assert recompute_module.current_tape() is None
+
+
+@pytest.mark.parametrize("kind", [RepVGGBlock, DiverseBranchBlock, DyRepBlock, MobileOneBlock])
+def test_a_replay_uses_the_parameters_of_its_forward(kind):
+    """torch.func.functional_call has put the module's own ones back by the time of the backward."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    gradients = {}
+    for recompute in ("none", "cheap"):
+        torch.manual_seed(1)
+        block, other = (kind(4, 4, 3, recompute=recompute, dtype=torch.float64) for _ in range(2))
+        given = dict(other.named_parameters())
+        functional_call(block, given, (x,)).square().sum().backward()
+        gradients[recompute] = {name: p.grad for name, p in given.items()}
+        assert all(p.grad is None for p in block.parameters())
+    for name, expected in gradients["none"].items():
+        assert torch.equal(gradients["cheap"][name], expected), name

@@ -169,3 +169,13 @@ def test_the_conversion_others_do(net, trained, x):
     fuse_children(model)
     assert type(model.stem) is nn.Conv2d
     assert_close(model(x), expected, 1e-5 * largest(expected), "output")
+
+
+def test_training_flags_of_a_traced_model_stay():
+    """Copying a GraphModule puts it in train mode."""
+    model = nn.Sequential(OREPAConv2d(3, 4, 3), nn.BatchNorm2d(4))
+    traced = torch.fx.symbolic_trace(model).eval()
+    x = torch.randn(2, 3, 7, 7)
+    plain = reparameterize(traced, verify=x)
+    assert not any(module.training for module in plain.modules())
+    assert torch.allclose(plain(x), traced(x), atol=1e-5)

@@ -88,13 +88,17 @@ def copied_model(model: _Module) -> _Module:
     """
     computed = _computed_tensors(model)
     try:
-        return copy.deepcopy(model, dict(computed))
+        made = copy.deepcopy(model, dict(computed))
     except Exception as problem:  # what a user's class does when it is copied is unknown
         raise ValueError(
             f"the model cannot be copied because of {_culprit(model, computed)}: {type(problem).__name__}: {problem}; "
             "let the model itself be changed (inplace=True, where there is that option) or first remove what is in the "
             "way (pruning by torch.nn.utils.prune.remove)"
         ) from problem
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in made.named_modules():  # a traced model comes back in train mode
+        module.training = modes.get(name, module.training)
+    return made
 
 
 def _computed_tensors(model: nn.Module) -> dict[int, Any]:

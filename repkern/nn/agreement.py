@@ -30,7 +30,8 @@ Expected = tuple[Any, Any, Any, str]
 
 # What the convolutions of our blocks are for, by the names they have in all of them:
 # "main": the block's own geometry. "padded": reads a map that is padded already. "strided": 1x1 at the block's stride.
-# "pointwise": 1x1 before a spatial one. "row", "column": 1xK and Kx1. "factor": stacked in a deep stem.
+# "pointwise": 1x1 before a spatial one. "row", "column": 1xK and Kx1. "factor": stacked in a deep stem, whose last one
+# has the stride.
 ROLES = {
     "dense": "main",
     "conv": "main",
@@ -44,11 +45,12 @@ ROLES = {
 }
 # Whose value of a field is the block's own.
 _SPEAKS = {
-    "stride": ("main", "padded", "strided", "row", "column"),
-    "dilation": ("main", "padded", "row", "column", "factor"),
+    "stride": ("main", "padded", "strided", "row", "column", "last"),
+    "dilation": ("main", "padded", "row", "column", "factor", "last"),
     "padding_mode": ("main", "padded", "row", "column"),
     "padding": ("main", "padded"),
 }
+_LAST = "factors, the last"
 _ONE = (1, 1)
 _ZERO = (0, 0)
 _WRITTEN = ("stride", "padding", "dilation", "padding_mode")
@@ -63,7 +65,8 @@ def parts_of(block: nn.Module) -> Iterator[Part]:
         members = child._modules.items() if isinstance(child, nn.ModuleList) else ((None, child),)
         for at, module in members:
             if hasattr(module, "padding_mode"):
-                yield Part(name if at is None else f"{name}.{at}", module, role)
+                is_last = role == "factor" and at == str(len(child) - 1)  # type: ignore[arg-type]
+                yield Part(name if at is None else f"{name}.{at}", module, "last" if is_last else role)
 
 
 def _canonical(role: str, g: Geometry) -> Expected:
@@ -76,8 +79,8 @@ def _canonical(role: str, g: Geometry) -> Expected:
         return g.stride, _ZERO, None, "zeros"
     if role == "pointwise":
         return _ONE, _ZERO, None, "zeros"
-    if role == "factor":
-        return _ONE, g.dilation, g.dilation, "zeros"
+    if role in ("factor", "last"):
+        return g.stride if role == "last" else _ONE, g.dilation, g.dilation, "zeros"
     return g.stride, _line_padding(role, g), g.dilation, "zeros"
 
 
@@ -92,16 +95,18 @@ def _line_padding(role: str, g: Geometry) -> tuple[int, int]:
 
 def expected(g: Geometry) -> dict[str, Expected]:
     """Name of a part -> what `push` leaves in it, for `disagrees`."""
-    return {name: _canonical(role, g) for name, role in ROLES.items()}
+    return {name: _canonical(role, g) for name, role in ROLES.items()} | {_LAST: _canonical("last", g)}
 
 
-def disagrees(module: Any, wanted: Expected) -> bool:
-    """Whether a part (or one in a list of parts) is not as `push` leaves it. Asked in every forward."""
+def disagrees(name: str, module: Any, wanted: dict[str, Expected]) -> bool:
+    """Whether a part, or one in a list of parts, is not as `push` leaves it. Asked in every forward."""
     if isinstance(module, nn.ModuleList):
-        return any(disagrees(member, wanted) for member in module)
+        members = list(module)
+        last = _LAST if name == "factors" else name
+        return disagrees(last, members[-1], wanted) or any(disagrees(name, part, wanted) for part in members[:-1])
     if not hasattr(module, "padding_mode"):  # somebody's wrapper, whose geometry is its own affair
         return False
-    stride, padding, dilation, mode = wanted
+    stride, padding, dilation, mode = wanted[name]
     return (
         module.stride != stride
         or module.padding != padding
@@ -149,9 +154,7 @@ def agreed(block: nn.Module, g: Geometry) -> Geometry:
             raise _disagreement(block, g, parts)
         for value in proposed:
             wanted = _with(wanted, field, value)
-    if any(role == "factor" for _, _, role in parts) and wanted.dilation != g.dilation:
-        if g.pad != same_padding(g.kernel_size, g.dilation):
-            raise _disagreement(block, g, parts)
+    if any(role == "last" for _, _, role in parts) and wanted.dilation != g.dilation:
         wanted = _with(wanted, "padding", same_padding(g.kernel_size, wanted.dilation))
     if not all(_fits(part, wanted) for part in parts):
         raise _disagreement(block, g, parts)
@@ -208,7 +211,7 @@ def _fits(part: Part, g: Geometry) -> bool:
         return own in (_ZERO, g.pad)
     if role in ("row", "column"):
         return own in (padding, (0, g.pad[1]) if role == "row" else (g.pad[0], 0))
-    return own == padding or (role == "factor" and own in (_ONE, g.dilation))
+    return own == padding or (role in ("factor", "last") and own in (_ONE, g.dilation))
 
 
 def _disagreement(block: nn.Module, g: Geometry, parts: list[Part]) -> ValueError:

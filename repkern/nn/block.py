@@ -132,7 +132,7 @@ class RepBlock(nn.Module):
                 continue
             if isinstance(child, RepBlock):
                 child._settle()
-            followed = followed and not disagrees(child, self._expected[name])
+            followed = followed and not disagrees(name, child, self._expected)
         if not followed:
             self._take(agreed(self, self._geometry))
             push(self, self._geometry)

@@ -55,12 +55,18 @@ class _Plan(NamedTuple):
 
 
 def branch_norm_sum(
-    x: Tensor, branches: Sequence[Branch], activation: nn.Module | None = None, *, recompute: str = "none"
+    x: Tensor,
+    branches: Sequence[Branch],
+    activation: nn.Module | None = None,
+    *,
+    recompute: str = "none",
+    owner: nn.Module | None = None,
 ) -> Tensor:
     """activation(sum over branches of norm(make(x))), with the norms' running statistics updated as torch does.
 
     x [N, Ci, H, W]; every branch gives [N, Co, H', W'] of one shape and dtype. recompute: one of `RECOMPUTE`; "cheap"
-    does not keep the maps of cheap branches for the backward but makes them again, with the same gradients.
+    does not keep the maps of cheap branches for the backward but makes them again, with the same gradients. owner: the
+    block, whose parameters these are.
     Norms that are torch's BatchNorm2d or SyncBatchNorm, called as they are, run in one op without a normalized map
     (SyncBatchNorm on the CPU too); any other norm, activation or kind of tensor is called, as in torch.
     """
@@ -72,7 +78,7 @@ def branch_norm_sum(
         return _by_modules([_map(branch, x) for branch in branches], branches, activation)
     if recompute == "none" or torch.compiler.is_compiling() or not Recompute.possible(x):
         return _normed_sum([_map(branch, x) for branch in branches], branches, activation)
-    again = Recompute()
+    again = Recompute(owner)
     maps = [again.make(b.make, x) if b.cheap and b.make is not None else _map(b, x) for b in branches]
     with again.dropping():
         return _normed_sum(maps, branches, activation)

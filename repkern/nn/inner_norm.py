@@ -91,7 +91,7 @@ class InnerNorm(NamedTuple):
     def _made(self, make: Callable[[Tensor], Tensor], x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.remake or not _can_remake(x):
             return then(make(x))
-        again = Recompute()
+        again = Recompute(self.block)
         y = again.make(make, x)
         with again.dropping():
             return then(y)

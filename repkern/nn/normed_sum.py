@@ -109,8 +109,8 @@ class NormedSumBlock(SEBlock):
         """[N, Ci, H, W] -> [N, Co, H', W']."""
         self._check_input(x)
         if self.se is not None:
-            return self._finish(branch_norm_sum(x, self._branches(), recompute=self.recompute))
-        y = branch_norm_sum(x, self._branches(), self.activation, recompute=self.recompute)
+            return self._finish(branch_norm_sum(x, self._branches(), recompute=self.recompute, owner=self))
+        y = branch_norm_sum(x, self._branches(), self.activation, recompute=self.recompute, owner=self)
         return y if self.post_se is None else self.post_se(y)
 
     def _folded_sum(self) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class ODBBlock(SevenBranchBlock):
             running.append(self._branch("id"))
         if not running:
             raise ValueError("mask leaves no branch to run")
-        return branch_norm_sum(x, running, self.activation, recompute=self.recompute)
+        return branch_norm_sum(x, running, self.activation, recompute=self.recompute, owner=self)
 
     def keep_branches(self, names: Sequence[str]) -> None:
         """Remove all other branches, what they compute included. ValueError for one that is not there."""

@@ -181,6 +181,7 @@ class OREPADeepStem(_NormedBlock):
             else nn.Conv2d(channels, out_channels, 3, **common)
             for channels, kind in zip(inputs, kinds, strict=True)
         )
+        self.factors[-1].stride = geometry.stride  # type: ignore[assignment]
         for factor in self.factors:
             if isinstance(factor, OREPAConv2d):
                 factor.follows_autocast = False

@@ -96,7 +96,7 @@ class QARepVGGBlock(NormedSumBlock):
     def forward(self, x: Tensor) -> Tensor:
         """[N, Ci, H, W] -> [N, Co, H', W']."""
         self._check_input(x)
-        y = branch_norm_sum(x, self._branches(), recompute=self.recompute)
+        y = branch_norm_sum(x, self._branches(), recompute=self.recompute, owner=self)
         if self.se is None:
             return branch_norm_sum(y, [Branch(self.post_bn)], self.activation)
         return self._finish(self.post_bn(y))

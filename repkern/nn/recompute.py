@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 __all__ = ["Recompute", "Tape", "current_tape"]
 
 _Make = Callable[[Tensor], Tensor]
+_Places = list[tuple[dict[str, Any], str, Any]]
 _local = threading.local()
 
 
@@ -116,7 +117,8 @@ def _require_version(tensor: Tensor, version: int) -> None:
 class _Recipe:
     """`make(x)` once with its result, and again when the backward asks for a tensor it did not keep."""
 
-    def __init__(self, make: _Make, x: Tensor) -> None:
+    def __init__(self, make: _Make, x: Tensor, parameters: _Places) -> None:
+        self._parameters = parameters
         self._make, self._x, self._requires_grad = make, _Kept(x.detach()), x.requires_grad
         self._storage = x.untyped_storage().data_ptr()
         self._tape = Tape()
@@ -169,6 +171,7 @@ class _Recipe:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tape.running(replaying=True))
+            stack.enter_context(_in_place(self._parameters))
             if self._autocast != _autocast_state(self._device):
                 enabled, dtype, cache = self._autocast
                 stack.enter_context(torch.autocast(self._device, dtype, enabled, cache))
@@ -186,6 +189,32 @@ class _Recipe:
             )
         for slot in slots:
             slot.fill(y if slot.place < 0 else made[slot.place])
+
+
+def _places(owner: nn.Module | None) -> _Places:
+    """Where the parameters of a module and of those inside are, and which they are now."""
+    if owner is None:
+        return []
+    return [
+        (module._parameters, name, parameter)
+        for module in owner.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+@contextlib.contextmanager
+def _in_place(parameters: _Places) -> Iterator[None]:
+    """The parameters where they were: torch.func.functional_call has put others back by the time of a backward."""
+    changed = [(place, name, place[name]) for place, name, own in parameters if place.get(name, own) is not own]
+    for place, name, own in parameters if changed else ():
+        if name in place:
+            place[name] = own
+    try:
+        yield
+    finally:
+        for place, name, other in changed:
+            place[name] = other
 
 
 def _unpack(packed: _Kept | _Slot) -> Tensor:
@@ -207,10 +236,12 @@ class Recompute:
 
     The backward makes each map once more, from the input, and serves all who need it from that one replay; parameters
     or an input that were changed in place meanwhile are a RuntimeError. A `make` must be a function of its input alone
-    (no random numbers) whose norms go through `branch_norm_sum` and `norm_scale_shift`.
+    (no random numbers) whose norms go through `branch_norm_sum` and `norm_scale_shift`. owner: the module whose
+    parameters it uses.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: nn.Module | None = None) -> None:
+        self._parameters = _places(owner)
         self._outputs: dict[tuple[Any, ...], _Slot] = {}
 
     @staticmethod
@@ -222,7 +253,7 @@ class Recompute:
 
     def make(self, make: _Make, x: Tensor) -> Tensor:
         """make(x)."""
-        y, output = _Recipe(make, x).record(x)
+        y, output = _Recipe(make, x, self._parameters).record(x)
         if y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
             self._outputs[_key(y)] = output
         return y
