@@ -42,7 +42,9 @@ def test_round_trip(tmp_path):
     assert same_tensors(load_scales(path), scales)
     assert same_tensors(load_scales(str(path), model), scales)
     with safe_open(path, framework="pt") as file:
-        assert json.loads(file.metadata()["repkern.scales"]) == {"data": "digits", "epochs": 3}
+        notes = json.loads(file.metadata()["repkern.scales"])
+    assert set(notes.pop("sha256")) == {"notes", "tensors"}
+    assert notes == {"data": "digits", "epochs": 3}
     first = path.read_bytes()
     save_scales(scales, path, data="digits", epochs=3)
     assert path.read_bytes() == first

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from repkern.models.checkpoints.reading import read_state_dict
+from repkern.models.files import replaced
+from repkern.models.seal import notes_of, sealed
 
 __all__ = ["DigitsNet", "load_digits_net", "save_digits_net"]
 
@@ -74,9 +78,10 @@ class DigitsNet(nn.Module):
 def save_digits_net(model: DigitsNet, path: str | Path, **notes: object) -> None:
     """Write the weights of a plain DigitsNet as safetensors; sizes and `notes` (JSON values) go to its metadata."""
     # One entry: safetensors writes several in an order that changes from run to run, and equal runs give equal files.
-    metadata = {_FORMAT: json.dumps({"arguments": model.arguments, **notes})}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, str(path), metadata=metadata)
+    metadata = {_FORMAT: sealed({"arguments": model.arguments, **notes}, weights)}
+    with replaced(path) as temporary:
+        save_file(weights, str(temporary), metadata=metadata)
 
 
 def load_digits_net(path: str | Path) -> DigitsNet:
@@ -84,15 +89,35 @@ def load_digits_net(path: str | Path) -> DigitsNet:
 
     Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
     """
+    weights = read_state_dict(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if _FORMAT not in metadata:
-                raise ValueError(f"{path} was not written by `repkern quickstart`: its metadata has no {_FORMAT!r}")
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    arguments = json.loads(metadata[_FORMAT])["arguments"]
-    model = DigitsNet(**{**arguments, "widths": tuple(arguments["widths"])})
-    model.load_state_dict(weights)
+        if _FORMAT not in metadata:
+            raise ValueError(f"{path} was not written by `repkern quickstart`: its metadata has no {_FORMAT!r}")
+        model = _made(notes_of(metadata[_FORMAT]).get("arguments"), sum(t.numel() for t in weights.values()))
+        wrong = [f"{name} ({t.dtype})" for name, t in weights.items() if t.is_floating_point() == _counts(name)]
+        if wrong:
+            raise ValueError(f"tensors of another kind than the network has: {', '.join(wrong)}")
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     return model.eval()
+
+
+def _made(arguments: Any, numbers: int) -> DigitsNet:
+    """numbers: as many as the file holds, which bounds what a network from its metadata may be."""
+    sizes = arguments if isinstance(arguments, dict) else {}
+    widths = sizes.get("widths")
+    others = [value for name, value in sizes.items() if name != "widths"]
+    if not isinstance(widths, list) or not all(type(size) is int and size <= numbers for size in [*widths, *others]):
+        raise ValueError(f"the file's metadata describes no network of digits: {arguments!r:.200}")
+    with torch.device("meta"):
+        network = DigitsNet(**{**sizes, "widths": tuple(widths)})
+    if sum(tensor.numel() for tensor in network.state_dict().values()) != numbers:
+        raise ValueError("the file's metadata describes another network than it holds")
+    return DigitsNet(**{**sizes, "widths": tuple(widths)})
+
+
+def _counts(name: str) -> bool:
+    return name.endswith("num_batches_tracked")

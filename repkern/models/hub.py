@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from repkern.models import saving
+from repkern.models.files import replaced
 
 __all__ = ["HubMixin"]
 
@@ -59,18 +60,19 @@ class HubMixin:
         is_path = isinstance(folder_or_repo_id, Path) or named.startswith((".", "~")) or Path(named).is_absolute()
         if is_path and not Path(named).is_dir():
             raise FileNotFoundError(f"no folder at {named}")
-        model = (
-            _adapter()
-            .from_pretrained(
+        adapter = _adapter()
+        try:
+            model = adapter.from_pretrained(
                 folder_or_repo_id,
                 revision=revision,
                 cache_dir=cache_dir,
                 force_download=force_download,
                 local_files_only=local_files_only,
                 token=token,
-            )
-            .network
-        )
+            ).network
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, TypeError, AttributeError) as problem:
+            # huggingface_hub reads config.json first, and takes it for the JSON object that it should be.
+            raise ValueError(f"{_CONFIG} of {folder_or_repo_id} is damaged: {problem}") from problem
         if not isinstance(model, cls):
             raise TypeError(f"{folder_or_repo_id} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
@@ -110,7 +112,8 @@ def _adapter() -> Any:
             saving.save(self.network, save_directory / WEIGHTS)
             described = saving.describe(self.network)
             text = json.dumps(described, indent=2, sort_keys=True) + "\n"
-            (save_directory / _CONFIG).write_text(text, encoding="utf-8")
+            with replaced(save_directory / _CONFIG) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
         @classmethod
         def _from_pretrained(cls, *, model_id: str, **download: Any) -> Adapter:

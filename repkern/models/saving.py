@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from repkern.models.checkpoints.reading import read_checkpoint
 from repkern.models.files import replaced
+from repkern.models.seal import notes_of, sealed
 from repkern.models.structure import apply_changes, changes_between
 from repkern.nn.reparameterize import is_block
 
@@ -25,6 +26,34 @@ __all__ = ["describe", "load", "read_description", "save"]
 _KEY = "repkern"  # one entry: safetensors writes several in an order that changes from run to run
 _VERSION = 1
 SUFFIXES = (".safetensors", ".pth")
+# What `describe` writes, and of which type.
+_FIELDS: dict[str, type] = {
+    "format": int,
+    "model_name": str,
+    "block": str,
+    "form": str,
+    "config": dict,
+    "num_parameters": int,
+    "repkern": str,
+    "torch": str,
+    "changes": dict,
+}
+_NEEDED = ("format", "model_name", "form", "config")
+# The arguments of create_model that files hold: another (checkpoint, name) would make loading open another file.
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "block": (str, type(None)),
+    "num_classes": (int,),
+    "in_chans": (int,),
+    "features_only": (bool,),
+    "out_indices": (list, type(None)),
+    "output_stride": (int,),
+    "width": (int, float),
+    "recompute": (str,),
+    "block_options": (dict, type(None)),
+}
+_DEEPEST = 16
+_SPARE = 1_000_000  # numbers: buffers that are not in a file
+_LARGEST = 2**31  # of a number in a config: no network has so many channels or branches
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -84,14 +113,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write a network of `create_model` to a .safetensors or .pth file that `load` makes it from again.
 
     The network may be in training form or reparameterized, and its blocks may have been replaced. The file holds the
-    weights and statistics and, as metadata, what `describe` gives. It appears whole or not at all. Tensors keep their
-    dtype. ValueError for another suffix and as `describe`, TypeError as `describe`.
+    weights and statistics and, as metadata, what `describe` gives and SHA-256 sums over both. It appears whole or not
+    at all. Tensors keep their dtype. ValueError for another suffix and as `describe`, TypeError as `describe`, OSError
+    with the reason when the file cannot be written: what was there before is kept.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the file name must end in {' or '.join(SUFFIXES)}, got {path.name!r}")
-    text = json.dumps(describe(model), sort_keys=True)
+    described = describe(model)
     tensors = _own_tensors(model.state_dict())
+    text = sealed(described, tensors)
     with replaced(path) as temporary:
         if path.suffix == ".safetensors":
             save_file(tensors, str(temporary), metadata={_KEY: text})
@@ -123,9 +154,12 @@ def read_description(path: str | Path) -> dict[str, Any] | None:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return _description(path, (file.metadata() or {}).get(_KEY))
-    except (SafetensorError, OSError) as problem:
+            metadata = file.metadata() or {}
+    except PermissionError as problem:
+        raise PermissionError(problem.errno, f"{path} cannot be read: no permission") from problem
+    except (SafetensorError, OSError, RuntimeError, OverflowError) as problem:
         raise ValueError(f"{path} is damaged or not a safetensors file ({problem})") from problem
+    return _description(path, metadata.get(_KEY))
 
 
 def _description(path: Path, text: Any) -> dict[str, Any] | None:
@@ -133,18 +167,50 @@ def _description(path: Path, text: Any) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        described = json.loads(text)
+        described = notes_of(text)
+        missing = [name for name in _NEEDED if name not in described]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
         version, form = described["format"], described["form"]
-        if not isinstance(described["model_name"], str) or not isinstance(described["config"], dict):
-            raise TypeError("model_name must be a string and config a dictionary")
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"{path}: its metadata {_KEY!r} is damaged ({problem!r})") from problem
+        if version == _VERSION:  # a newer one may have other fields
+            _check_fields(described)
+    except ValueError as problem:
+        raise ValueError(f"{path}: its metadata {_KEY!r} is damaged ({problem})") from problem
     if version != _VERSION or form not in ("training", "deployed"):
         raise ValueError(
             f"{path} is of format {version!r}, form {form!r}; this repkern reads format {_VERSION}, "
             "form 'training' or 'deployed'"
         )
     return described
+
+
+def _check_fields(described: Mapping[str, Any]) -> None:
+    unknown = sorted(set(described) - set(_FIELDS))
+    if unknown:
+        raise ValueError(f"it has {', '.join(unknown)}, which no version of repkern writes")
+    for name, value in described.items():
+        wanted = _FIELDS[name]
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{name} must be {wanted.__name__}, got {type(value).__name__}")
+    for name in ("name", "model_name", "checkpoint"):
+        if name in described["config"]:
+            raise ValueError(f"config holds {name!r}, which repkern never writes there")
+    for name, value in described["config"].items():
+        kinds = _ARGUMENTS.get(name)
+        if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            wanted_kinds = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"config: {name} must be {wanted_kinds}, got {type(value).__name__}")
+    _check_numbers(described["config"])
+
+
+def _check_numbers(value: Any, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise ValueError("config is nested too deep")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item, depth + 1)
+    elif isinstance(value, int | float) and not abs(value) < _LARGEST:
+        raise ValueError(f"config holds the number {value}")
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Network:
@@ -162,15 +228,38 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Network:
         )
     tensors = read_checkpoint(path).tensors
     try:
-        model = _fresh(described, "cpu")
-        apply_changes(model, described.get("changes", {}))
+        _fits(described, tensors)
+        model = _made(described, "cpu")
         _take(model, tensors)
-    except (ValueError, KeyError, TypeError, RuntimeError) as problem:
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, RecursionError, OverflowError) as problem:
         raise ValueError(
             f"{path} (written by repkern {described.get('repkern')}) does not fit {described.get('model_name')!r} as "
             f"this version makes it: {problem}"
         ) from problem
     return model.to(device).eval()
+
+
+def _made(described: Mapping[str, Any], device: str) -> Network:
+    model = _fresh(described, device)
+    with torch.device(device):
+        apply_changes(model, described.get("changes", {}))
+    return model
+
+
+def _fits(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for a network much larger than the file, whose metadata could ask for any memory, or of other dtypes.
+
+    It is made without memory. Names are for load_state_dict, which knows those of older versions.
+    """
+    wanted = _made(described, "meta").state_dict()
+    sizes = [sum(tensor.numel() for tensor in state.values()) for state in (wanted, tensors)]
+    if sizes[0] > 2 * sizes[1] + _SPARE:
+        raise ValueError(f"its metadata describes a network of {sizes[0]:,} numbers, it holds {sizes[1]:,}")
+    for name, tensor in tensors.items():
+        floating = name not in wanted or wanted[name].is_floating_point()
+        if tensor.dtype == torch.bool or tensor.is_floating_point() != floating:
+            kind = "floating-point numbers" if floating else "integers"
+            raise ValueError(f"{name} is of {tensor.dtype}; it must be {kind}")
 
 
 def _take(model: nn.Module, tensors: dict[str, Tensor]) -> None:

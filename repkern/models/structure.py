@@ -34,12 +34,16 @@ def changes_between(model: nn.Module, fresh: nn.Module) -> dict[str, _Spec]:
 
 def apply_changes(model: nn.Module, changes: dict[str, _Spec]) -> None:
     """Put the described modules into `model`. ValueError for a description that is not one of ours."""
+    if not isinstance(changes, dict):
+        raise ValueError(f"changes must be a dictionary, got {type(changes).__name__}")
     for name, spec in changes.items():
         parent_name, _, last = name.rpartition(".")
         try:
             parent = model.get_submodule(parent_name)
         except AttributeError:
             raise ValueError(f"the file describes {name}, but {type(model).__name__} has no {parent_name}") from None
+        if last not in parent._modules:  # anything else of a module is not for a file to replace
+            raise ValueError(f"the file describes {name}, but {type(parent).__name__} has no such module")
         setattr(parent, last, _build(name, spec))
 
 
@@ -168,9 +172,19 @@ def _build(name: str, spec: Any) -> nn.Module | None:
         raise ValueError(f"{name}: {spec['class']!r} is no module class of torch.nn or repkern.nn")
     if kind in _CONTAINERS:
         container = kind()
-        for child, inner in spec.get("children", ()):
+        for child, inner in _children(name, spec.get("children", [])):
             container.add_module(child, _build(f"{name}.{child}", inner))
         return container
-    module = kind(**{key: _value(f"{name}.{key}", value) for key, value in spec.get("arguments", {}).items()})
+    arguments = spec.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{name}: arguments must be a dictionary, got {type(arguments).__name__}")
+    module = kind(**{key: _value(f"{name}.{key}", value) for key, value in arguments.items()})
     apply_changes(module, spec.get("changes", {}))
     return module
+
+
+def _children(name: str, children: Any) -> list[tuple[str, Any]]:
+    pairs: list[Any] = children if isinstance(children, list) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError(f"{name}: children must be a list of names and modules")
+    return [(pair[0], pair[1]) for pair in pairs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from repkern.models.checkpoints import load_checkpoint
 from repkern.models.checkpoints.reading import read_state_dict
 from repkern.models.checkpoints.scales import SCALE_NAMES, named_as_in
 from repkern.models.files import replaced
+from repkern.models.seal import sealed
 from repkern.optim.scales import by_layer, check_scales, unwrapped
 
 __all__ = ["load_scales", "save_scales"]
@@ -25,17 +25,20 @@ _KEY = "repkern.scales"
 def save_scales(scales: Mapping[str, Tensor], path: str | Path, **notes: Any) -> None:
     """Write scales by name to a .safetensors file, whole or not at all; `notes` (JSON values) go to its metadata.
 
-    ValueError for names that are no scales, values that are not finite, and another suffix.
+    The metadata has SHA-256 sums, which `load_scales` checks.
+    ValueError for names that are no scales, values that are not finite, and another suffix; OSError with the reason
+    when the file cannot be written.
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"scales are written as .safetensors, got {path}")
     by_layer(scales)
+    _check_real(scales)
     broken = [name for name, scale in scales.items() if not torch.isfinite(scale).all()]
     if broken:
         raise ValueError(f"{broken[0]} is not finite: the search diverged")
     tensors = {name: scale.detach().cpu().contiguous() for name, scale in scales.items()}
     with replaced(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(notes)})
+        save_file(tensors, temporary, metadata={_KEY: sealed(notes, tensors)})
 
 
 def load_scales(path: str | Path, model: nn.Module | None = None, *, strict: bool = True) -> dict[str, Tensor]:
@@ -55,8 +58,15 @@ def load_scales(path: str | Path, model: nn.Module | None = None, *, strict: boo
         found = load_checkpoint(tensors, inner, layout="repopt_scales", strict=strict)
         assert isinstance(found, dict)
         scales = found
+    _check_real(scales)
     by_layer(scales)
     if inner is None:
         return scales
     check_scales(scales, inner, strict=strict)
     return named_as_in(inner, scales)
+
+
+def _check_real(scales: Mapping[str, Tensor]) -> None:
+    for name, scale in scales.items():
+        if not scale.is_floating_point():
+            raise ValueError(f"{name} is of {scale.dtype}; scales are real floating-point numbers")

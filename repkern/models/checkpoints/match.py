@@ -65,6 +65,7 @@ def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict
     for name in _without_place(model, [name for name in tensors if name not in wanted]):
         del tensors[name]
         report.left_out.append(name)
+    _check_dtypes(tensors, wanted)
     # Prior filters are in a state_dict only when they are not the default, which a block returns to without them.
     optional = {name: buffer for name, buffer in model.named_buffers() if name.split(".")[-1] == "prior_filter"}
     known = {**optional, **wanted}
@@ -79,6 +80,13 @@ def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict
     report.loaded = list(matched)
     complain([*_explanation(converted, wanted), *report.problems], model, len(report.problems), strict=strict)
     return matched
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """ValueError for integers and truth values where weights are wanted: torch would convert them without a word."""
+    for name, tensor in tensors.items():
+        if name in wanted and wanted[name].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype} in the checkpoint; the model has {wanted[name].dtype}")
 
 
 def complain(lines: list[str], model: nn.Module, count: int, *, strict: bool) -> None:

@@ -6,20 +6,24 @@ import argparse
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
+
+from repkern.models.seal import SEALED, check_seal
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_state_dict"]
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_PREFIX = re.compile(r"module\.|_orig_mod\.")  # of DistributedDataParallel and torch.compile
+_BEGINNING = re.compile(r"(?:module\.|_orig_mod\.)*")
+_DEEPEST = 32  # wrappers in wrappers
 
 
 class Checkpoint(NamedTuple):
@@ -33,8 +37,9 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], *, ema: bool = False
     """The content of a .safetensors or .pth file, or of a dictionary.
 
     Wrappers ("state_dict", "model", ...) are opened and a "module." that all names share is taken off. ema: of the
-    wrappers, the one with averaged weights. Files are read with weights_only=True, so no code in them runs.
-    FileNotFoundError; ValueError when it is no checkpoint, or has no averaged weights.
+    wrappers, the one with averaged weights. Files are read with weights_only=True, so no code in them runs; sums that
+    are in a file (SHA-256 in those of repkern, CRC-32 in those of torch.save) are checked.
+    FileNotFoundError; ValueError when it is no checkpoint, is damaged, or has no averaged weights.
     """
     if isinstance(source, Mapping):
         return _flat(source, "the dictionary", ema)
@@ -55,9 +60,13 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]
 def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return {name: _aligned(tensor) for name, tensor in load_file(path).items()}
+            return _read_safetensors(path)
+        _check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            _check_seals(content, content["state_dict"])
+        return content
     except pickle.UnpicklingError as problem:
         named = re.search(r"GLOBAL (\S+)", str(problem))
         what = f"a {named[1]}" if named else _first_line(problem)
@@ -65,8 +74,55 @@ def _read_file(path: Path) -> Any:
             f"{path} is not a checkpoint of plain tensors: it is damaged, or holds other objects, which are not loaded "
             f"because that could run code ({what}). Where the program that wrote it runs, save the tensors alone."
         ) from problem
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, UnicodeDecodeError) as problem:
+    except PermissionError as problem:
+        raise PermissionError(problem.errno, f"{path} cannot be read: no permission") from problem
+    except Exception as problem:  # torch.load has no common type for what can be wrong with a file
         raise ValueError(f"{path} is damaged or not a checkpoint ({_first_line(problem)})") from problem
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 not a dict
+    _check_seals(metadata, tensors)
+    return tensors
+
+
+def _check_seals(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    for key in SEALED:
+        if key in metadata:
+            check_seal(metadata[key], tensors)
+
+
+def _check_zip(path: Path) -> None:
+    """ValueError when a file of torch.save has records whose CRC-32 is wrong. torch.load itself does not look at them.
+
+    Where no record has the right one, the file was written without them (torch.serialization.set_crc32_options) and
+    says nothing. Files of the format before zip have none.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        wrong: list[str] = []
+        right = 0
+        for record in archive.infolist():
+            try:
+                with archive.open(record) as content:
+                    while content.read(1 << 22):
+                        pass
+                right += record.file_size > 0 and _is_content(record.filename)
+            except zipfile.BadZipFile as problem:
+                if "CRC" not in str(problem):
+                    raise
+                wrong.append(record.filename)
+    if wrong and (right or not any(map(_is_content, wrong))):
+        raise ValueError(f"the CRC-32 sum of {wrong[0]} differs")
+
+
+def _is_content(record: str) -> bool:
+    """Tensors and their names; the few bytes about the format have a sum in every file."""
+    return "/data/" in record or record.endswith("/data.pkl")
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -87,7 +143,12 @@ def _first_line(problem: Exception) -> str:
 def _flat(source: Any, where: str, ema: bool) -> Checkpoint:
     beside: dict[str, Any] = {}
     averaged = False
+    opened: list[int] = []
     while isinstance(source, Mapping) and not _all_tensors(source):
+        if id(source) in opened or len(opened) == _DEEPEST:
+            what = "contains itself" if id(source) in opened else f"has more than {_DEEPEST} wrappers inside each other"
+            raise ValueError(f"{where} is no checkpoint: it {what}")
+        opened.append(id(source))
         name = next((name for name in _AVERAGED if ema and isinstance(source.get(name), Mapping)), None)
         averaged = averaged or name is not None
         name = name or next((name for name in _WRAPPERS if isinstance(source.get(name), Mapping)), None)
@@ -95,6 +156,13 @@ def _flat(source: Any, where: str, ema: bool) -> Checkpoint:
             break
         beside |= {str(other): value for other, value in source.items() if other != name}
         source = source[name]
+    tensors = _plain_tensors(source, where)
+    if ema and not averaged:
+        raise ValueError(f"{where} holds no averaged weights ({', '.join(_AVERAGED)}); use ema=False")
+    return Checkpoint(_without_prefix(tensors), beside)
+
+
+def _plain_tensors(source: Any, where: str) -> dict[str, Tensor]:
     if not isinstance(source, Mapping):
         raise ValueError(f"{where} must hold a dictionary of tensors, got {type(source).__name__}")
     if not source:
@@ -102,16 +170,24 @@ def _flat(source: Any, where: str, ema: bool) -> Checkpoint:
     foreign = [f"{name} ({type(value).__name__})" for name, value in source.items() if not isinstance(value, Tensor)]
     if foreign or not all(isinstance(name, str) for name in source):
         raise ValueError(f"{where} must hold tensors by name, but also holds: {', '.join(foreign) or 'unnamed ones'}")
-    if ema and not averaged:
-        raise ValueError(f"{where} holds no averaged weights ({', '.join(_AVERAGED)}); use ema=False")
-    return Checkpoint(_without_prefixes(dict(source)), beside)
+    for name, tensor in source.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            raise ValueError(f"{where}: {name} is of {kind}; weights are dense real numbers")
+    return dict(source)
 
 
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in tensors)), None)
-    if prefix is None:
-        return tensors
-    return _without_prefixes({name.removeprefix(prefix): value for name, value in tensors.items()})
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the "module." and "_orig_mod." that all names begin with."""
+    first, *others = [_PREFIX.findall(_BEGINNING.match(name)[0]) for name in tensors]  # type: ignore[index]
+    shared = "".join(first[: min([len(first), *(_alike(first, other) for other in others)])])
+    return {name[len(shared) :]: tensor for name, tensor in tensors.items()} if shared else tensors
+
+
+def _alike(first: list[str], other: list[str]) -> int:
+    """How many items the two have in common at their beginning."""
+    pairs = zip(first, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(other)))
 
 
 def _all_tensors(source: Mapping[str, Any]) -> bool:
