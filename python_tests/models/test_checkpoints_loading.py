@@ -11,6 +11,7 @@ from torch.nn import functional
 from repkern import load_checkpoint
 from repkern.models import create_model
 from repkern.models.checkpoints import LoadReport
+from repkern.nn import CSLAConv2d, DiracConv2d, OREPAConv2d, replace_convs
 from repkern.nn.acb import ACBlock
 from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.kinds import KINDS
@@ -219,3 +220,78 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         load_checkpoint(str(tmp_path))
     with pytest.raises(TypeError, match="must be a path or a dictionary, got NoneType"):
         load_checkpoint(None)
+
+
+class Plain(nn.Module):
+    """A user's network; `bias`: of its first convolution, which no norm follows."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=bias)
+        self.conv = nn.Conv2d(8, 8, 3, 2, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.bn(self.conv(self.first(x).relu())).mean((2, 3)))
+
+
+def pretrained(bias=True):
+    model = Plain(bias).double().eval()
+    model.bn.running_mean.normal_()
+    model.bn.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("block", [OREPAConv2d, CSLAConv2d, DiracConv2d, DiverseBranchBlock, ACBlock, RepVGGBlock])
+def test_plain_weights_start_the_blocks_of_a_replaced_model(block):
+    """Written down for `replace_convs(preserve=True)`, when the weights come later."""
+    source = pretrained()
+    model = replace_convs(Plain().double().eval(), block)
+    report = LoadReport()
+    x = torch.randn(2, 3, 9, 9, **FLOAT64)
+    load_checkpoint({"state_dict": {f"module.{name}": t for name, t in source.state_dict().items()}}, model,
+                    report=report)  # fmt: skip
+    assert report.started == ["first", "conv"]
+    assert report.missing == report.unexpected == []
+    assert set(report.loaded) == set(source.state_dict())
+    expected = source(x).detach()
+    assert_close(model(x).detach(), expected, 1e-12 * float(expected.abs().max()), "output")
+
+
+def test_plain_weights_of_another_shape_or_with_no_place_change_nothing():
+    source = pretrained()
+    model = replace_convs(Plain(bias=False).double().eval(), OREPAConv2d)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"first: .*has no bias to take"):
+        load_checkpoint(source.state_dict(), model)
+    narrow = {**source.state_dict(), "conv.weight": torch.zeros(8, 4, 3, 3, **FLOAT64)}
+    del narrow["first.bias"]
+    with pytest.raises(ValueError, match=r"conv\.weight\) are of a plain network.*replace_convs\(model.*preserve=True"):
+        load_checkpoint(narrow, model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_norms_that_blocks_took_over_are_explained():
+    model = replace_convs(Plain().double().eval(), DiverseBranchBlock, fold_norm=True)
+    with pytest.raises(ValueError, match=r"bn\.running_mean\) are of a plain network.*load them into the plain model"):
+        load_checkpoint(pretrained().state_dict(), model)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_timm_features_only_names(whole):
+    """timm makes every stage a child of its own: stages_0, stages_1, ..."""
+    model = create_model("repvgg_a0", width=0.25, num_classes=3, features_only=not whole)
+    other = create_model("repvgg_a0", width=0.25, num_classes=3, features_only=not whole)
+    parts = {"dense.": "conv_kxk.conv.", "dense_bn.": "conv_kxk.bn.", "pointwise.": "conv_1x1.conv.",
+             "pointwise_bn.": "conv_1x1.bn.", "identity_bn.": "identity."}  # fmt: skip
+    tensors = {}
+    for name, tensor in other.state_dict().items():
+        new = name.replace("stages.", "stages_")
+        for ours, theirs in parts.items():
+            new = new.replace(f".{ours}", f".{theirs}")
+        tensors[new] = tensor
+    assert any(name.startswith("stages_0.0.conv_kxk.conv") for name in tensors)
+    load_checkpoint(tensors, model)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    assert not whole or set(load_checkpoint(tensors)) == set(other.state_dict())

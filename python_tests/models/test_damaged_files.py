@@ -9,13 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import repkern
 from repkern import load_checkpoint
 from repkern.models import create_model, load, save
 from repkern.models.checkpoints.reading import read_checkpoint
 from repkern.models.files import parse_json, replaced
 from repkern.models.saving import read_description
 from repkern.models.seal import check_seal, notes_of, sealed
+from repkern.optim import load_scales
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_many_prefixes_come_off():
 def test_other_content_is_a_value_error(tmp_path, content, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
-    for opened in (load, read_description, load_checkpoint, repkern.optim.load_scales):
+    for opened in (load, read_description, load_checkpoint, load_scales):
         with pytest.raises(ValueError, match=r"a\.(pth|safetensors)"):
             opened(path)
 

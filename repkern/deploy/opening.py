@@ -111,8 +111,10 @@ def _fitting_kind(
             if closest is None or count < closest[0]:
                 closest = (count, kind, str(problem))
         else:
-            return kind
-    assert closest is not None
+            if not report.started:  # else it is the plain network, in blocks that start as its convolutions
+                return kind
+    if closest is None:
+        raise ValueError(f"{path} holds the plain network, which is none of the blocks {', '.join(kinds)}")
     why = f"{path} fits {model} with none of the blocks {', '.join(kinds)}"
     if 2 * closest[0] > len(tensors):  # a list of what does not match would hide that it is another network
         first = ", ".join(list(tensors)[:3])

@@ -14,6 +14,7 @@ from repkern.models.checkpoints.grow import Growth, compare_graph
 from repkern.models.checkpoints.layout import Conversion, Layout, convert_blocks, fold_norms
 from repkern.models.checkpoints.match import LoadReport, match
 from repkern.models.checkpoints.networks import rename_network
+from repkern.models.checkpoints.plain import plain_names, start_blocks, take_plain
 from repkern.models.checkpoints.reading import Checkpoint, read_checkpoint
 from repkern.models.checkpoints.registry import LAYOUTS, RELEASED, SCALES
 from repkern.models.checkpoints.scales import checked_scales
@@ -42,6 +43,8 @@ def load_checkpoint(
     understood, no code in the file is run. ema: take the averaged weights that lie beside the others.
     layout: one of `LAYOUTS`. "repkern" means that the names are ours or plain; "auto" recognizes blocks of every
     released layout by their names, under any prefix, and networks whose layers we name otherwise.
+    Weights of a plain network for a model whose convolutions `replace_convs` made blocks: every block starts as its
+    convolution (`set_equivalent_kernel_bias`, exact in eval mode), as with replace_convs(preserve=True).
     strict: names or shapes that do not match the model are an error. With False, what matches is loaded and the rest
     is logged as a warning. report: filled with what was found, converted, left out and not matched.
     Returns the model, or without one the state_dict in our names. With layout="repopt_scales" the scales of a
@@ -69,14 +72,21 @@ def _load(checkpoint: Checkpoint, model: nn.Module, layout: str, report: LoadRep
     inner = _unwrapped(model)
     growth = _grown(checkpoint, inner, layout)
     target = inner if growth is None else growth.model
-    checkpoint = checkpoint._replace(tensors=rename_earlier(checkpoint.tensors, target))
+    # The weight of a plain convolution is not what an earlier version of a block called so.
+    plain = plain_names(checkpoint.tensors, target)
+    others = rename_earlier({name: t for name, t in checkpoint.tensors.items() if name not in plain}, target)
+    checkpoint = checkpoint._replace(tensors={**others, **plain})
     try:
         if growth is not None and growth.changed and inner is not model:
             raise ValueError(
                 f"the checkpoint changes layers of the model (DyRep): load it before {type(model).__name__} wraps it"
             )
         converted = _convert(checkpoint, target, layout, report)
-        matched = match(converted, target, report, strict=strict)
+        starts = take_plain(converted, target)
+        matched = match(converted, target, report, strict=strict, started=[start.name for start in starts])
+        start_blocks(starts)
+        report.started = [start.name for start in starts]
+        report.loaded += [name for start in starts for name in start.names]
         target.load_state_dict(matched, strict=False)
     except BaseException:
         if growth is not None:

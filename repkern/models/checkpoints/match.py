@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from repkern.models.checkpoints.layout import Conversion, Found
+from repkern.models.checkpoints.plain import advice
 
 __all__ = ["LoadReport", "complain", "match"]
 
@@ -23,7 +24,8 @@ class LoadReport:
     layouts: of the blocks; beside: entries next to the tensors (optimizer, epoch) that are not read; left_out: tensors
     that have no place in ours; missing, unexpected: names only the model, or only the checkpoint has; mismatched: name
     -> (shape in the checkpoint, shape in the model); counts: norms' counts of batches that older files do not have,
-    set to 0; loaded: names that were loaded, or without a model converted.
+    set to 0; started: blocks that start as a plain convolution of the checkpoint; loaded: names that were loaded, or
+    without a model converted.
     """
 
     layouts: list[str] = field(default_factory=list)
@@ -33,6 +35,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     counts: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
 
     @property
@@ -49,12 +52,19 @@ class LoadReport:
             lines.append(f"not read: {', '.join(self.beside)}")
         if self.counts:
             lines.append(f"set to 0: {len(self.counts)} counts of batches, which the checkpoint does not have")
+        if self.started:
+            lines.append(f"{len(self.started)} blocks start as the plain convolutions of the checkpoint")
         lines += [f"left out: {name}" for name in self.left_out]
         return "\n  ".join(lines + self.problems)
 
 
-def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict: bool) -> dict[str, Tensor]:
-    """The tensors that fit the model; ValueError that lists all others, or with strict=False a logged warning."""
+def match(
+    converted: Conversion, model: nn.Module, report: LoadReport, *, strict: bool, started: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors that fit the model; ValueError that lists all others, or with strict=False a logged warning.
+
+    started: names of blocks that get their values in another way.
+    """
     wanted = model.state_dict()
     tensors = dict(converted.tensors)
     for name in wanted:
@@ -69,7 +79,9 @@ def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict
     # Prior filters are in a state_dict only when they are not the default, which a block returns to without them.
     optional = {name: buffer for name, buffer in model.named_buffers() if name.split(".")[-1] == "prior_filter"}
     known = {**optional, **wanted}
-    report.missing = [name for name in wanted if name not in tensors and name not in optional]
+    apart = tuple(f"{name}." for name in started)
+    absent = [name for name in wanted if name not in tensors and name not in optional]
+    report.missing = [name for name in absent if not name.startswith(apart)] if apart else absent
     report.unexpected = [name for name in tensors if name not in known]
     report.mismatched = {
         name: (tuple(tensors[name].shape), tuple(tensor.shape))
@@ -78,7 +90,9 @@ def match(converted: Conversion, model: nn.Module, report: LoadReport, *, strict
     }
     matched = {name: t for name, t in tensors.items() if name in known and name not in report.mismatched}
     report.loaded = list(matched)
-    complain([*_explanation(converted, wanted), *report.problems], model, len(report.problems), strict=strict)
+    told = _explanation(converted, wanted)
+    told = told or advice(report.unexpected, model)
+    complain([*told, *report.problems], model, len(report.problems), strict=strict)
     return matched
 
 

@@ -152,6 +152,10 @@ def _repghost(names: Mapping[str, Tensor]) -> Rename:
 
 
 NAMINGS = (
+    # timm's features_only networks have the stages as children of their own.
+    Naming(
+        "timm_features", (r"stem[._]", r"stages_0\."), r"stages_1\.", _replacing((r"stages_(\d+)\.", r"stages.\1."))
+    ),
     Naming("stages", (r"stage0\.", r"stage1\."), r"linear\.weight", _stages),
     Naming("repnas", (r"features\.0\.(?:_ops|conv|skip_connect)\.",), r"linear\.weight", _repnas),
     Naming("mobilenet", (r"conv1\.", r"stem\.0\.depthwise\.", r"stem\.0\.pointwise\."), r"linear\.weight", _mobilenet),
