@@ -24,6 +24,7 @@ LAYERS = (
     "bench",
     "_info",
     "cli",
+    "__main__",
 )
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -43,6 +43,9 @@ def test_wrong_use_is_exit_code_2(command, words):
     assert "Error" in err
 
 
-def test_the_module_runs_as_a_script(run_python):
-    done = run_python("-m", "repkern.cli.main", "--version")
+@pytest.mark.parametrize("module", ["repkern", "repkern.cli.main"])
+def test_the_module_runs_as_a_script(run_python, module):
+    done = run_python("-m", module, "--help")
+    assert "Usage: repkern [OPTIONS] COMMAND" in done.stdout
+    done = run_python("-m", module, "--version")
     assert (done.returncode, done.stdout) == (0, f"repkern {repkern.__version__}\n")

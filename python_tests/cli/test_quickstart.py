@@ -151,3 +151,23 @@ def test_a_real_signal_leaves_a_resumable_run(tmp_path, number):
     assert "Interrupted. Every finished epoch is safe" in out
     assert err == ""
     assert (tmp_path / "run/plain/checkpoints/epoch_0001").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"epochs": "many"}', "[" * 100_000, '{"widths": 3}'])
+def test_resume_with_damaged_settings_is_one_line(command, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    code, _, err = command("quickstart", "--resume", "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert "config.json does not hold the settings of a run" in err
+    assert "Traceback" not in err
+
+
+def test_a_run_folder_that_cannot_be_is_one_line(command, tmp_path):
+    code, _, err = command("quickstart", "--out", "n" * 300)
+    assert code in (1, 2)
+    assert "too long" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = command("quickstart", "--out", str(tmp_path / "file" / "run"))
+    assert code in (1, 2)
+    assert "file" in err

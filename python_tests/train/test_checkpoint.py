@@ -145,3 +145,33 @@ def test_a_failed_write_leaves_the_old_checkpoint(folder, monkeypatch, failure):
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         CheckpointFolder(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", '{"files": 3}', "[" * 100_000, "\x00"])
+def test_a_manifest_that_is_something_else_is_an_error(folder, text):
+    folder.save(1, make_model(), {})
+    (folder.path(1) / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        folder.load(1, make_model())
+
+
+def test_the_same_epoch_again_replaces_it_and_leaves_nothing_behind(folder):
+    first, second = make_model(), make_model()
+    folder.save(1, first, {"which": 1})
+    folder.save(1, second, {"which": 2})
+    other = make_model()
+    assert folder.load(1, other) == {"which": 2}
+    assert torch.equal(other[0].weight, second[0].weight)
+    assert [path.name for path in folder.folder.iterdir()] == ["epoch_0001"]
+
+
+def test_what_cannot_be_written_is_said_and_older_checkpoints_stay(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="cannot be written"):
+        CheckpointFolder(tmp_path / "file").save(1, make_model(), {})
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.save(1, make_model(), {"which": 1})
+    with pytest.raises(AttributeError):  # a function inside cannot be pickled: it fails in the middle
+        folder.save(1, make_model(), {"which": lambda: 2})
+    assert folder.load(1, make_model()) == {"which": 1}
+    assert [path.name for path in folder.folder.iterdir()] == ["epoch_0001"]

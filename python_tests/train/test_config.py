@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -49,3 +50,33 @@ def test_differences_name_both_values(tmp_path):
     stored = QuickstartConfig.from_dict(json.loads(json.dumps(QuickstartConfig(epochs=24).to_dict())))
     assert stored.differences(QuickstartConfig(epochs=3)) == ["epochs 24, not 3"]
     assert stored.differences(QuickstartConfig(epochs=24)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"widths": 3}', '{"widths": ["a"]}', '{"widths": [[1]]}', '{"device": 5}', '{"epochs": true}',
+        '{"epochs": 1.5}',
+        '{"epochs": [1]}', '{"learning_rate": "fast"}', '{"learning_rate": Infinity}', '{"threads": null}', "null", "3",
+        "[" * 100_000, '{"a":' * 100_000,
+    ],
+)  # fmt: skip
+def test_settings_of_other_kinds_are_an_error_with_the_path(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"config.json does not hold the settings of a run"):
+        QuickstartConfig.load(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(TrainConfig):
+    """Settings of a user's own."""
+
+    note: str | None = None
+
+
+def test_optional_settings_and_whole_numbers_are_fine():
+    assert Own.from_dict({"note": None, "learning_rate": 1}).learning_rate == 1
+    assert Own.from_dict({"note": "a"}).note == "a"
+    with pytest.raises(TypeError, match=r"note must be .*None.*, got 3"):
+        Own.from_dict({"note": 3})

@@ -38,6 +38,13 @@ def check_paths(source: Path, destination: Path, suffixes: tuple[str, ...]) -> N
     """Leave with 2 for a file that cannot be written, before anything long begins."""
     if destination.suffix not in suffixes:
         fail(f"OUT must end in {' or '.join(suffixes)}, got {str(destination)!r}", WRONG_USE)
+    try:
+        _check_destination(source, destination)
+    except (OSError, ValueError) as problem:  # a name that is too long, or cannot be
+        fail(f"OUT cannot be written: {problem}", WRONG_USE)
+
+
+def _check_destination(source: Path, destination: Path) -> None:
     if not destination.parent.is_dir():
         fail(f"the folder {destination.parent} does not exist", WRONG_USE)
     if not os.access(destination.parent, os.W_OK):

@@ -69,8 +69,8 @@ if importlib.util.find_spec("repkern.cli.bench") is not None:
 
 
 def main() -> None:
-    """Entry point of the `repkern` script."""
-    app()
+    """Entry point of the `repkern` script and of `python -m repkern`."""
+    app(prog_name="repkern")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _quickstart(device: Device, out: Path, given: dict[str, int], mode: Any) -> 
                 )
     except RunError as error:
         fail(str(error), WRONG_USE)
-    except (MissingExtraError, TrainingDivergedError, OSError) as error:
+    except (MissingExtraError, TrainingDivergedError, OSError, ValueError) as error:
         fail(str(error))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from repkern import _native
-from repkern.models.files import replaced
+from repkern.models.files import parse_json, replaced
 
 __all__ = ["TimingCache", "cache_file", "hardware"]
 
@@ -67,7 +67,7 @@ class TimingCache:
 
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
-        self._entries = _read(cache_file()) if enabled else {}
+        self._entries = _read() if enabled else {}
         self._fresh: dict[str, dict[str, float]] = {}
 
     def get(self, key: str) -> dict[str, float]:
@@ -82,40 +82,45 @@ class TimingCache:
         """Add what is new to the file, which other processes may have written meanwhile. The file appears whole."""
         if not self._enabled or not self._fresh:
             return
-        path = cache_file()
         try:
+            path = cache_file()
             path.parent.mkdir(parents=True, exist_ok=True)
-            entries = _read(path) | self._fresh
+            entries = _read() | self._fresh
             kept = dict(list(entries.items())[-_MAX_ENTRIES:])
             with replaced(path) as temporary:
                 temporary.write_text(json.dumps({"format": _FORMAT, "seconds": kept}, indent=0), encoding="utf-8")
-        except OSError as problem:
+        except (OSError, RuntimeError, ValueError) as problem:  # a home that is not known, a name that cannot be
             warnings.warn(
-                f"optimize_for_inference: timings could not be kept in {path} ({problem}); they are measured again "
-                "next time",
+                f"optimize_for_inference: timings could not be kept ({problem}); they are measured again next time",
                 UserWarning,
             )
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    if not path.is_file():
-        return {}
+def _read() -> dict[str, dict[str, float]]:
+    where = "the timing cache"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        path = cache_file()
+        where = str(path)
+        if not path.exists():
+            return {}
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise ValueError("it has no format number")
         if content["format"] != _FORMAT:  # of another version of repkern, which is no reason to warn
             return {}
         return {str(key): _checked(entry) for key, entry in content["seconds"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+    # OverflowError: a whole number beyond every float. RuntimeError: no home folder.
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as problem:
         warnings.warn(
-            f"optimize_for_inference: {path} is no cache of timings ({problem}) and is ignored; it will be replaced",
+            f"optimize_for_inference: {where} is no cache of timings ({problem}) and is ignored; it will be replaced",
             UserWarning,
         )
         return {}
 
 
 def _checked(entry: Any) -> dict[str, float]:
+    if not all(type(value) in (int, float) for value in entry.values()):
+        raise ValueError("times must be numbers")
     seconds = {str(name): float(value) for name, value in entry.items()}
     if not all(0 < value < float("inf") for value in seconds.values()):
         raise ValueError("times must be positive")

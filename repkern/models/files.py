@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ["parse_json", "replaced"]
+__all__ = ["explained", "parse_json", "replaced"]
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: make room, or write elsewhere",
@@ -45,7 +45,7 @@ def replaced(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if "\0" in str(path):
         raise ValueError(f"a file name cannot contain a zero byte, got {str(path)!r}")
-    with _explained(path):
+    with explained(path):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, a file name is needed")
         if not path.parent.is_dir():
@@ -68,7 +68,7 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Errors of the file system, and of libraries that met one, as OSError that names `path` and what to do."""
     try:
         yield

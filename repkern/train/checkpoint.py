@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from repkern.models.files import explained, parse_json
 from repkern.train.files import flush_folder
 
 __all__ = ["CheckpointError", "CheckpointFolder"]
@@ -49,7 +50,16 @@ class CheckpointFolder:
         return self.folder / f"epoch_{epoch:04d}"
 
     def save(self, epoch: int, model: nn.Module, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `epoch`, then delete those beyond the newest `keep`."""
+        """Write the checkpoint of `epoch`, then delete those beyond the newest `keep`.
+
+        OSError with the path and what to do when it cannot be written; those that are there stay.
+        """
+        with explained(self.path(epoch)):
+            self._save(epoch, model, state)
+        for old in self.epochs()[: -self._keep]:
+            shutil.rmtree(self.path(old))
+
+    def _save(self, epoch: int, model: nn.Module, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".epoch_{epoch:04d}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,13 +74,19 @@ class CheckpointFolder:
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             _flush(temporary / "manifest.json")
             # Left over when an earlier attempt went further than its metrics: the same epoch is computed again.
-            shutil.rmtree(self.path(epoch), ignore_errors=True)
-            temporary.rename(self.path(epoch))
+            before = temporary.with_suffix(".old")
+            if self.path(epoch).exists():
+                self.path(epoch).rename(before)
+            try:
+                temporary.rename(self.path(epoch))
+            except OSError:
+                if before.exists():
+                    before.rename(self.path(epoch))
+                raise
+            shutil.rmtree(before, ignore_errors=True)
             flush_folder(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self.epochs()[: -self._keep]:
-            shutil.rmtree(self.path(old))
 
     def load(self, epoch: int, model: nn.Module) -> dict[str, Any]:
         """Put the weights into `model` and return the state. Raises CheckpointError before touching the model."""
@@ -106,12 +122,12 @@ def _verify(folder: Path) -> None:
     """CheckpointError unless `folder` holds a checkpoint of ours, byte for byte as it was written."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         kind, version, files = manifest["format"], manifest["version"], manifest["files"]
         wanted = {name: (files[name]["bytes"], files[name]["sha256"]) for name in _FILES}
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint of repkern: it has no manifest.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not from repkern: {error!r}") from None
     if kind != _FORMAT or version != _VERSION:
         raise CheckpointError(

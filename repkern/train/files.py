@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from repkern.models.files import replaced
+
 __all__ = ["flush_folder", "write_atomically"]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; a crash at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Replace the file at `path` by `text`; a crash at any moment leaves the old file or the new one.
+
+    OSError with the path and what to do when it cannot be written.
+    """
+    with replaced(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def flush_folder(folder: Path) -> None:

@@ -71,7 +71,7 @@ def load_images(folder: str | Path, count: int, size: int, channels: int = 3) ->
 def _read(path: Path, size: int) -> Tensor:
     """[3, size, size] uint8."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError:
         raise MissingExtraError("image folders need Pillow: pip install 'repkern[quickstart]'") from None
     import numpy
@@ -79,7 +79,7 @@ def _read(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as problem:
+    except Exception as problem:  # besides OSError, what each decoder raises about a damaged file
         raise ValueError(f"{path} is no readable image: {problem}") from None
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)

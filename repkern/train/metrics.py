@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from repkern.models.files import parse_json
 from repkern.train.files import write_atomically
 
 __all__ = ["MetricsLog"]
@@ -37,7 +38,10 @@ class MetricsLog:
         if not self.path.exists():
             return []
         try:
-            return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            rows = [parse_json(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            if not all(isinstance(row, dict) and type(row.get("epoch")) is int for row in rows):
+                raise ValueError("every line must be an object with an epoch")
+            return rows
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged: {error}") from None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from repkern.models.files import explained
 from repkern.train.config import TrainConfig
 from repkern.train.files import write_atomically
 
@@ -61,7 +62,8 @@ def open_run(
     elif mode == "auto":
         chosen = _same_and_unfinished(base, config, notes)
     path = chosen or _next_free(base)
-    path.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         if chosen is None:
             config.save(path / _CONFIG)
