@@ -80,3 +80,37 @@ def test_two_processes_add_to_one_cache():
     other.save()
     assert TimingCache().get("a") == {"torch": 1.0}
     assert TimingCache().get("b") == {"torch": 2.0}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"format": 1, "seconds": {"a": {"torch": 1' + "0" * 400 + "}}}",
+        '{"format": 1, "seconds": {"a": {"torch": "1"}}}',
+        '{"format": 1, "seconds": [1]}',
+    ],
+)
+def test_a_hostile_cache_never_fails(folder, content):
+    folder.mkdir()
+    cache_file().write_text(content)
+    with pytest.warns(UserWarning, match="is no cache of timings"):
+        assert TimingCache().get("a") == {}
+
+
+def test_a_cache_whose_place_cannot_be_never_fails(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / ("n" * 300), tmp_path / "file" / "inside"):
+        monkeypatch.setenv("REPKERN_CACHE_DIR", str(place))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cache = TimingCache()
+            cache.put("a", {"torch": 1.0})
+            cache.save()
+        assert any("could not be kept" in str(warning.message) for warning in caught)
+
+
+def test_a_folder_where_the_cache_should_be(folder):
+    cache_file().mkdir(parents=True)
+    with pytest.warns(UserWarning, match="is no cache of timings"):
+        assert TimingCache().get("a") == {}
