@@ -1,6 +1,7 @@
 """Times that optimize_for_inference keeps between processes."""
 
 import json
+import warnings
 
 import pytest
 import torch

@@ -330,9 +330,10 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+            process, self._process = self._process, None
+            process.kill()
+            with process:  # closes its pipes, and waits
+                pass
 
 
 def _work() -> None:
