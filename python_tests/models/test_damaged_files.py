@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from repkern.models.checkpoints.reading import read_checkpoint
 from repkern.models.files import parse_json, replaced
 from repkern.models.saving import read_description
 from repkern.models.seal import check_seal, notes_of, sealed
+from repkern.models.zip_sums import check_archive, seal_archive
 from repkern.optim import load_scales
 
 
@@ -315,3 +317,21 @@ def test_json_errors_are_value_errors():
     for text in ("[" * 100_000, "{", b"\xff\xfe", '"\\ud800' + "x" * 10):
         with pytest.raises(ValueError):
             parse_json(text)
+
+
+def test_the_sum_of_a_whole_archive(tmp_path):
+    path = tmp_path / "a.pt2"
+    torch.save({"a": torch.arange(50.0)}, path)
+    check_archive(path)  # older files have no sum of ours
+    seal_archive(path)
+    content = path.read_bytes()
+    check_archive(path)
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.arange(50.0))
+    for place in range(len(content)):
+        path.write_bytes(flipped(content, place, place % 8))
+        with pytest.raises(ValueError):
+            check_archive(path)
+    for end in (0, 1, 100, len(content) - 1, len(content) - 79):
+        path.write_bytes(content[:end])
+        with pytest.raises((ValueError, zipfile.BadZipFile)):
+            check_archive(path)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from repkern.models.zip_sums import check_archive, seal_archive
+
 __all__ = ["FORMATS", "Format", "Options", "needs"]
 
 Runner = Callable[[Sequence[Any]], list[Tensor]]
@@ -51,10 +53,12 @@ def _write_pt2(program: ExportedProgram, path: Path, options: Options, metadata:
 
     with _quiet():
         torch.export.save(program, path, extra_files={_METADATA: json.dumps(dict(metadata))})
+    seal_archive(path)
 
 
 def _open_pt2(path: Path) -> Runner:
     with _quiet():
+        check_archive(path)
         module = torch.export.load(path).module()
 
     def run(args: Sequence[Any]) -> list[Tensor]:

@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 
 from repkern.deploy.export import _anonymous, _batches, _trace
 from repkern.deploy.quantize_torchao import LEAST_SCALE, Scheme, quiet, torchao_module, x86_quantizer
-from repkern.models.files import replaced
+from repkern.models.files import parse_json, replaced
+from repkern.models.zip_sums import check_archive, seal_archive
 from repkern.nn import ConvNormAct, reparameterize
 from repkern.nn._surgery import copied_model, replace_modules
 from repkern.nn.reparameterize import is_block
@@ -84,7 +85,7 @@ class Quantized:
         return run
 
     def save(self, path: str | Path) -> None:
-        """Write a .pt2 file that `load_quantized` reads; it appears whole or not at all.
+        """Write a .pt2 file that `load_quantized` reads; it appears whole or not at all, and has a SHA-256 sum.
 
         ValueError for another suffix. torch.export.load reads it too, once torchao was imported.
         """
@@ -93,6 +94,7 @@ class Quantized:
         text = json.dumps({"format": _FORMAT, **self.info})
         with replaced(path) as temporary, quiet():
             torch.export.save(self.program, temporary, extra_files={_METADATA: text})
+            seal_archive(temporary)
 
 
 def load_quantized(path: str | Path) -> Quantized:
@@ -104,9 +106,12 @@ def load_quantized(path: str | Path) -> Quantized:
     torchao_module("quantize_pt2e")  # its operators are in the program
     beside = {_METADATA: ""}
     try:
+        check_archive(path)
         with quiet():
             program = torch.export.load(path, extra_files=beside)
-        info = json.loads(beside[_METADATA] or "{}")
+        info = parse_json(beside[_METADATA] or "{}")
+        if not isinstance(info, dict):
+            raise ValueError(f"its metadata must be a JSON object, got {type(info).__name__}")
     except Exception as problem:  # torch.export.load has no common type for what can be wrong with a file
         raise ValueError(f"{path} is damaged or not a torch.export file: {problem}") from problem
     if info.pop("format", None) != _FORMAT:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from repkern.models.files import parse_json
 
-__all__ = ["SEALED", "check_seal", "notes_of", "sealed"]
+__all__ = ["SEALED", "WEIGHTS", "check_seal", "notes_of", "sealed"]
 
+#: The key of a file that holds weights and no description.
+WEIGHTS = "repkern.weights"
 #: Keys of a file's metadata under which we write JSON with sums in it.
-SEALED = ("repkern", "repkern.scales", "repkern.digits")
+SEALED = ("repkern", "repkern.scales", "repkern.digits", WEIGHTS)
 _SUMS = "sha256"
 _CHUNK = 1 << 26
 

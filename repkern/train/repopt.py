@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repkern.models import create_model
 from repkern.models.files import replaced
+from repkern.models.seal import WEIGHTS, sealed
 from repkern.models.small_vgg import SmallVGG
 from repkern.nn import reparameterize
 from repkern.optim import RepSGD, from_scales, save_scales, weight_decay_groups
@@ -244,7 +245,7 @@ def _deploy(
     deployed = {name: reparameterize(model, verify=images) for name, model in models.items()}
     with replaced(folder / "repopt.safetensors") as temporary:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in deployed["repopt"].state_dict().items()}
-        save_file(tensors, str(temporary))
+        save_file(tensors, str(temporary), metadata={WEIGHTS: sealed({}, tensors)})
     return deployed
 
 

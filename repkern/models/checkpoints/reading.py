@@ -6,7 +6,6 @@ import argparse
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from repkern.models.seal import SEALED, check_seal
+from repkern.models.zip_sums import check_records
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_state_dict"]
 
@@ -61,7 +61,7 @@ def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        _check_zip(path)
+        check_records(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -92,37 +92,6 @@ def _check_seals(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Non
     for key in SEALED:
         if key in metadata:
             check_seal(metadata[key], tensors)
-
-
-def _check_zip(path: Path) -> None:
-    """ValueError when a file of torch.save has records whose CRC-32 is wrong. torch.load itself does not look at them.
-
-    Where no record has the right one, the file was written without them (torch.serialization.set_crc32_options) and
-    says nothing. Files of the format before zip have none.
-    """
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return
-    with zipfile.ZipFile(path) as archive:
-        wrong: list[str] = []
-        right = 0
-        for record in archive.infolist():
-            try:
-                with archive.open(record) as content:
-                    while content.read(1 << 22):
-                        pass
-                right += record.file_size > 0 and _is_content(record.filename)
-            except zipfile.BadZipFile as problem:
-                if "CRC" not in str(problem):
-                    raise
-                wrong.append(record.filename)
-    if wrong and (right or not any(map(_is_content, wrong))):
-        raise ValueError(f"the CRC-32 sum of {wrong[0]} differs")
-
-
-def _is_content(record: str) -> bool:
-    """Tensors and their names; the few bytes about the format have a sum in every file."""
-    return "/data/" in record or record.endswith("/data.pkl")
 
 
 def _aligned(tensor: Tensor) -> Tensor:
