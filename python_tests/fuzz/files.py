@@ -187,7 +187,7 @@ def _read_metrics(path: Path) -> Any:
 
 
 def _write_cache(folder: Path) -> Path:
-    entries = {f"layer {at}": {"plain": 0.5, "winograd": 0.25} for at in range(5)}
+    entries = {"layer 1": {"plain": 0.5, "winograd": 0.25}}
     (folder / "inference.json").write_text(json.dumps({"format": 1, "seconds": entries}))
     return folder / "inference.json"
 
@@ -238,7 +238,6 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "timing cache": (_write_cache, _read_cache),
     "quantized": (_write_quantized, _read_quantized),
 }
-_NEVER_FAILS = ("timing cache",)
 _CLEAR = ("ValueError", "OSError", "FileNotFoundError", "RuntimeError", "CheckpointError", "PermissionError")
 
 
@@ -377,23 +376,17 @@ def fuzz(files: int, seed: int, kinds: list[str], say: Callable[[str], None] = p
             change = hostile if chance.random() < 0.25 else damaged
             path.write_bytes(change(content, chance))
             outcome, text = worker.read(kind, path)
-            refused = outcome in _CLEAR and kind not in _NEVER_FAILS
+            refused = outcome in _CLEAR and kind != "timing cache"  # which never fails
             good = refused or (outcome == "same" and text == wanted)
             totals[kind]["refused" if refused else "same" if good else "fault"] += 1
             if not good:
                 shutil.copy(path, Path(tempfile.gettempdir()) / f"fault_{seed}_{at}{path.suffix}")
                 faults.append(f"{kind}, file {at} of seed {seed}: {outcome} {text}")
-            _restore(path, content)
+            path.write_bytes(content)
     worker.close()
     for kind, counts in totals.items():
         say(f"{kind:<24} {counts['refused']:>5} refused {counts['same']:>5} the same {counts['fault']:>3} faults")
     return faults
-
-
-def _restore(path: Path, content: bytes) -> None:
-    if not path.parent.is_dir():
-        raise RuntimeError(f"reading a damaged file removed {path.parent}")
-    path.write_bytes(content)
 
 
 def main() -> int:
