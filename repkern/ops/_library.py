@@ -15,7 +15,7 @@ import torch
 from torch._C import _AutoDispatchBelowAutograd  # stable since torch 1.10; what torch.library uses itself
 
 from repkern import _native
-from repkern.ops import _select
+from repkern.ops import _check, _select, _transforms
 
 __all__ = ["OPS", "Native", "Op", "define_op"]
 
@@ -66,6 +66,7 @@ class Op:
     differentiable: bool = True
     mutates: tuple[int, ...] = ()  # the arguments changed in place; their version counters go up
     backends: tuple[str, ...] = _select.BACKENDS
+    constant: tuple[int, ...] = ()  # the outputs that have no gradient
 
     def implementation(self, backend: str) -> Callable[..., Any]:
         """The function that runs this op on `backend`: (*args) as in the schema, for native ones (plan, *args)."""
@@ -89,7 +90,7 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """Check, choose a backend, run it: what the dispatcher ends up calling for tensors with data."""
-        return self.run_checked(self.check(*args), *args)
+        return self._run(self.check(*args), *args)
 
     def prepare(self, plan: Any, *args: Any) -> Callable[..., Any] | None:
         """For arguments that `check` has seen, with its plan: what `prepare_<op>` of the native file gives on the CPU.
@@ -100,10 +101,15 @@ class Op:
             return None
         module = importlib.import_module(f"repkern.ops.{self.stem}.native")
         function = getattr(module, f"prepare_{self.name}", None)
-        return None if function is None else function(Native(_native.load("cpu"), "cpu", "cpu"), plan, *args)
+        if function is None:
+            return None
+        return function(Native(_native.load("cpu"), "cpu", "cpu"), plan, *map(_check.in_memory, args))
 
     def run_checked(self, plan: Any, *args: Any) -> Any:
         """As `run`, for arguments whose shapes, dtypes and devices `check` has seen, with the plan it gave."""
+        return self._run(plan, *map(_check.in_memory, args))
+
+    def _run(self, plan: Any, *args: Any) -> Any:
         backend = _select.choose(self.name, _first_tensor(args).device.type, self.backends)
         implementation = self.implementation(backend)
         answer = implementation(plan, *args) if _MODULE_OF[backend] == "native" else implementation(*args)
@@ -142,6 +148,7 @@ def define_op(
     inference_only: str | None = None,
     mutates: tuple[int, ...] = (),
     backends: tuple[str, ...] = _select.BACKENDS,
+    constant: tuple[int, ...] = (),
 ) -> Op:
     """Register `repkern::<name>` and add it to the op table.
 
@@ -150,12 +157,14 @@ def define_op(
     op, and where it is differentiated again its reference runs instead. `inference_only` says what to use instead where
     a gradient would be recorded, which is then a RuntimeError. `mutates`: the arguments that the op changes in place,
     as the schema says; such an op returns nothing and refuses gradients too. `backends`: those the op is
-    written for.
+    written for. `constant`: the outputs without a gradient, as `setup_context` marks them.
     """
     if mutates:
         inference_only = "call it under torch.no_grad()"
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = Op(stem, name, getattr(torch.ops.repkern, name).default, check, inference_only is None, mutates, backends)
+    op = Op(
+        stem, name, getattr(torch.ops.repkern, name).default, check, inference_only is None, mutates, backends, constant
+    )
     OPS[name] = op
 
     def run_fake(*args: Any) -> Any:
@@ -164,6 +173,7 @@ def define_op(
 
     _LIBRARY.impl(name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"repkern::{name}", run_fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"repkern::{name}", _transforms.looped(op), lib=_LIBRARY)
     if backward is not None and setup_context is not None:
         _LIBRARY.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd")
     elif inference_only is not None:
@@ -178,18 +188,31 @@ def _reference_where_differentiated(op: Op) -> Callable[..., Any]:
 
     def kernel(*args: Any) -> Any:
         flat, _ = _flatten(args)
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in flat):
-            op.check(*args)
-            return op.implementation("reference")(*args)
+        if _is_differentiated(flat) or _transforms.has_tangent(flat):
+            return _run_reference(op, args)
         with _AutoDispatchBelowAutograd():
             return op.overload(*args)
 
     return kernel
 
 
+def _is_differentiated(flat: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in flat)
+
+
+def _run_reference(op: Op, args: Sequence[Any]) -> Any:
+    """The op in plain torch, which torch differentiates and transforms any number of times."""
+    op.check(*args)
+    answer = op.implementation("reference")(*args)
+    if not op.constant:
+        return answer
+    return type(answer)(a.detach() if at in op.constant else a for at, a in enumerate(answer))
+
+
 def _refuse_gradients(op: Op, instead: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in _flatten(args)[0]):
+        flat, _ = _flatten(args)
+        if _is_differentiated(flat) or _transforms.has_tangent(flat):
             raise RuntimeError(f"{op.name} has no gradient; {instead}")
         with _AutoDispatchBelowAutograd():
             return op.overload(*args)
@@ -201,7 +224,7 @@ _ORDINARY_TYPES = {torch.Tensor, torch.nn.Parameter}
 
 
 def _is_ordinary(args: Sequence[Any]) -> bool:
-    """Whether nobody watches this call: no gradient to record, no mode, no profiler, no tensor subclass.
+    """Whether nobody watches this call: no gradient to record, no mode, no profiler, no subclass, no lazy tensor.
 
     A call through the dispatcher to an implementation in Python costs 20 to 25 µs, as much as a small layer's kernel.
     """
@@ -212,9 +235,12 @@ def _is_ordinary(args: Sequence[Any]) -> bool:
     for arg in args:
         # The types of a list first: an optimizer's step hands over hundreds of tensors.
         listed = isinstance(arg, list) and arg and type(arg[0]) not in (int, float)
-        for kind in set(map(type, arg)) if listed else (type(arg),):
-            if kind not in _ORDINARY_TYPES and issubclass(kind, torch.Tensor):
+        kinds = set(map(type, arg)) if listed else {type(arg)}
+        for kind in kinds - _ORDINARY_TYPES:
+            if issubclass(kind, torch.Tensor):
                 return False
+        if kinds <= _ORDINARY_TYPES and _check.any_lazy(arg if listed else (arg,)):
+            return False
     return True
 
 
@@ -258,7 +284,12 @@ def _autograd_kernel(op: Op, setup_context: Callable[..., None], backward_of: Ca
 
     def kernel(*args: Any) -> Any:
         flat, lengths = _flatten(args)
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in flat):
+        if _transforms.has_tangent(flat):
+            return _run_reference(op, args)
+        if _is_differentiated(flat):
+            if torch._C._are_functorch_transforms_active():
+                # An autograd.Function of tensors that a transform has wrapped would hide them from the outer ones.
+                return _run_reference(op, args)
             output = Differentiable.apply(lengths, *flat)
             return list(output) if isinstance(output, tuple) else output
         with _AutoDispatchBelowAutograd():

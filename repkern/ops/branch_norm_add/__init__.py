@@ -41,7 +41,8 @@ _OPTION_ARGS = "int[] modes, float[] eps, int activation"
 class Norm(NamedTuple):
     """How a branch is normalized: (y - mean) / sqrt(var + eps) * weight + bias, all [C]; None: ones, zeros.
 
-    mean, var: None for the statistics of the batch itself; given ones are constants and var is biased.
+    mean, var: None for the statistics of the batch itself; given ones are constants and var is biased. eps: finite, at
+    least 0.
     """
 
     weight: Tensor | None = None
@@ -105,6 +106,7 @@ def _check_with_grad(
     *lists, mean, var = tensors
     plan = check_call(op, branches, *lists, *options)
     first = branches[0]
+    _check.require_tensor(op, "grad", grad)
     if grad.dtype is not first.dtype or grad.device != first.device or grad.layout is not torch.strided:
         _check.require_same(op, {"branches[0]": first, "grad": grad}, (first.dtype,))
     _check.require_shape(op, "grad", grad, first.shape)
@@ -115,6 +117,9 @@ def _check_with_grad(
 
 def _require_statistics(op: str, name: str, rows: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     wide = statistics_dtype(like.dtype)
+    _check.require_tensor(op, name, rows)
+    if rows.layout is not torch.strided:
+        raise TypeError(f"{op}: `{name}` must be a dense tensor, got layout {rows.layout}")
     if rows.dtype != wide:
         raise TypeError(f"{op}: `{name}` is {rows.dtype} but branches of {like.dtype} need {wide}; one dtype for all")
     if rows.device != like.device:
@@ -159,6 +164,7 @@ branch_norm_add_flat = define_op(
     fake=_fake_forward,
     setup_context=_setup_context,
     backward=_backward,
+    constant=(1, 2),
 )
 _add_backward = define_op(
     OP,
@@ -230,11 +236,13 @@ def _flat(
     branches: Sequence[Tensor], norms: Sequence[Norm | None], activation: str
 ) -> tuple[tuple[list[Tensor], ...], tuple[list[int], list[float], int]]:
     """The lists and the options of the flat form; missing weights filled in, parameters brought to one dtype."""
+    branches = _check.require_tensors(OP, "branches", branches)
+    norms = _check_norms(norms)
     if len(norms) != len(branches):
         raise ValueError(
             f"{OP}: one entry of `norms` a branch is needed, got {len(norms)} for {len(branches)} branches"
         )
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: `activation` must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     modes: list[int] = []
     eps: list[float] = []
@@ -245,13 +253,26 @@ def _flat(
             continue
         if (norm.mean is None) != (norm.var is None):
             raise ValueError(f"{OP}: norm {b} has only one of `mean` and `var`; give both, or none for the batch's own")
-        eps.append(norm.eps)
+        eps.append(_check.require_number(OP, f"norms[{len(modes) - 1}].eps", norm.eps, 0))
         lists[0].append(norm.weight)
         lists[1].append(norm.bias)
         if norm.mean is not None:
             lists[2].append(norm.mean)
             lists[3].append(norm.var)
-    return (list(branches), *_of_one_dtype(branches, lists)), (modes, eps, ACTIVATIONS.index(activation))
+    return (branches, *_of_one_dtype(branches, lists)), (modes, eps, ACTIVATIONS.index(activation))
+
+
+def _check_norms(norms: Any) -> list[Norm | None]:
+    if isinstance(norms, Norm | Tensor | str) or not isinstance(norms, Sequence):
+        raise TypeError(f"{OP}: `norms` must be a list of Norm or None, got {type(norms).__name__}")
+    for b, norm in enumerate(norms):
+        if norm is None:
+            continue
+        if not isinstance(norm, Norm):
+            raise TypeError(f"{OP}: `norms[{b}]` must be a Norm or None, got {type(norm).__name__}")
+        for name, value in zip(Norm._fields[:4], norm, strict=False):
+            _check.require_tensor(OP, f"norms[{b}].{name}", value, optional=True)
+    return list(norms)
 
 
 def _of_one_dtype(branches: Sequence[Tensor], lists: Sequence[list[Any]]) -> list[list[Tensor]]:
@@ -262,6 +283,8 @@ def _of_one_dtype(branches: Sequence[Tensor], lists: Sequence[list[Any]]) -> lis
     first = branches[0]
     wide = statistics_dtype(first.dtype)
     dtype = found.pop() if len(found) == 1 else wide
+    if not first.is_floating_point():
+        return list(lists)  # for the check to name
     size = first.shape[1:2]
     filled = [
         [first.new_full(size, value, dtype=dtype) if t is None else t for t in values]
@@ -295,7 +318,7 @@ def branch_norm_statistics(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     branches: as in `branch_norm_add`. float32 for half precision, else the maps' dtype.
     """
-    return _statistics(list(branches))
+    return _statistics(_check.require_tensors(_STATISTICS, "branches", branches))
 
 
 def branch_norm_sums(
@@ -311,6 +334,8 @@ def branch_norm_sums(
     dz = grad * activation'(z). mean, var [B0, C]: of the branches without given statistics. What a synchronized
     BatchNorm adds up over all processes in its backward; this process's rows are its gradients of bias and weights.
     """
+    for name, tensor in (("grad", grad), ("mean", mean), ("var", var)):
+        _check.require_tensor(_SUMS, name, tensor)
     lists, options = _flat(branches, norms, activation)
     return _sums_op(grad, *lists, mean, var, *options)
 
@@ -332,6 +357,10 @@ def branch_norm_add_backward(
     gives, added up over that batch, and `count` [1], its values per channel; gradients of weights and bias are then
     those of the larger batch.
     """
+    for name, tensor in (("grad", grad), ("mean", mean), ("var", var)):
+        _check.require_tensor(OP, name, tensor)
+    for name, given in (("sums", sums), ("count", count)):
+        _check.require_tensor(OP, name, given, optional=True)
     lists, options = _flat(branches, norms, activation)
     *grads, grad_weight, grad_bias = _add_backward(grad, *lists, mean, var, sums, count, *options)
     each = iter(grads)

@@ -95,6 +95,8 @@ def check_call(
 
     A training step calls each layer with the shapes of the step before: what was once right is looked up.
     """
+    for at, value in enumerate(eps):
+        _check.require_number(op, f"eps[{at}]", value, 0)
     key = _key_of(branches, (weights, biases, means, variances), modes, eps, activation)
     try:
         known = _plans.get(key)

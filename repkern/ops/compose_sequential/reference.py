@@ -14,13 +14,16 @@ def _per_group(tensor: Tensor, groups: int) -> Tensor:
 
 def compose_sequential(first: Tensor, second: Tensor, groups: int) -> Tensor:
     """W[o, i, a + b] += second[o, t, a] first[t, i, b]: [Co, Ci/g, K1 + K2 - 1, K1 + K2 - 1]."""
-    k1, k2 = first.shape[-1], second.shape[-1]
+    k2 = second.shape[-1]
     one, two = _per_group(first, groups), _per_group(second, groups)
-    size = k1 + k2 - 1
-    total = torch.zeros(groups, two.shape[1], one.shape[2], size, size, dtype=first.dtype, device=first.device)
+    total: Tensor | None = None
+    # Nothing is changed in place, so that torch.func can transform this.
     for a in range(k2):
         for b in range(k2):
-            total[..., a : a + k1, b : b + k1] += torch.einsum("got,gtihw->goihw", two[..., a, b], one)
+            product = torch.einsum("got,gtihw->goihw", two[..., a, b], one)
+            placed = torch.nn.functional.pad(product, (b, k2 - 1 - b, a, k2 - 1 - a))
+            total = placed if total is None else total + placed
+    assert total is not None
     return total.flatten(0, 1)
 
 
@@ -28,11 +31,14 @@ def compose_sequential_backward(grad: Tensor, first: Tensor, second: Tensor, gro
     """Gradients of `first` and `second`."""
     k1, k2 = first.shape[-1], second.shape[-1]
     one, two, outer = (_per_group(t, groups) for t in (first, second, grad))
-    grad_first = torch.zeros_like(one)
-    grad_second = torch.zeros_like(two)
+    grad_first: Tensor | None = None
+    of_taps: list[Tensor] = []
     for a in range(k2):
         for b in range(k2):
             window = outer[..., a : a + k1, b : b + k1]
-            grad_first += torch.einsum("got,goihw->gtihw", two[..., a, b], window)
-            grad_second[..., a, b] = torch.einsum("gtihw,goihw->got", one, window)
-    return grad_first.flatten(0, 1), grad_second.flatten(0, 1)
+            product = torch.einsum("got,goihw->gtihw", two[..., a, b], window)
+            grad_first = product if grad_first is None else grad_first + product
+            of_taps.append(torch.einsum("gtihw,goihw->got", one, window))
+    assert grad_first is not None
+    grad_second = torch.stack(of_taps, -1).unflatten(-1, (k2, k2))
+    return grad_first.flatten(0, 1), grad_second.flatten(0, 1).contiguous()

@@ -109,9 +109,10 @@ def squeeze_backward(grad: Tensor, layer: SqueezeBranches) -> list[Tensor]:
         grads["depthwise"] = torch.einsum("goihw,goiq->giqhw", outer, project).reshape(layer.depthwise.shape)
         grads["project"] = torch.einsum("goihw,giqhw->goiq", outer, depthwise).reshape(layer.project.shape)
     if layer.scale is not None:
-        grads["scale"] = torch.zeros_like(layer.scale)
+        rows_of = [torch.zeros_like(row) for row in layer.scale]
         for kernel, at in zip(_branches(layer), layer.scale_positions(), strict=True):
             if kernel is not None and at is not None:
-                grads["scale"][at] = (grad * kernel).sum(dim=(1, 2, 3))
+                rows_of[at] = (grad * kernel).sum(dim=(1, 2, 3))
+        grads["scale"] = torch.stack(rows_of)
     order = ("origin", "avg", "prior", "pointwise", "reduce", "expand", "depthwise", "project", "scale")
     return [grads[name].contiguous() for name in order if name in grads]

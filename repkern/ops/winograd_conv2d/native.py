@@ -141,7 +141,7 @@ def _prepared(
     bytes_for: dict[int, int] = {}  # by the number of threads
 
     def call(x: Tensor, residual: Tensor | None) -> Tensor:
-        x = x.contiguous(memory_format=form)
+        x, residual = _check.in_memory(x).contiguous(memory_format=form), _check.in_memory(residual)
         residual = residual if residual is None else residual.contiguous(memory_format=form)
         out = _check.empty(shape, dtype, device, form)
         fields = [*head, x.data_ptr(), packed.data_ptr(), _check.pointer(bias), _check.pointer(residual)]
