@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from repkern.ops import _check
 from repkern.ops._library import Op
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Multiplier",
     "Packed",
     "Vectors",
+    "changed_tensors",
     "check_kernel",
     "check_number",
     "check_numbers",
@@ -84,8 +86,8 @@ class ChannelMultiplier:
                 ours, theirs = getattr(self.centre, what), getattr(self.scale, what)
                 if ours != theirs:
                     raise ValueError(f"ChannelMultiplier: `centre` has {what} {ours} but `scale` has {theirs}")
-        if not math.isfinite(self.identity):
-            raise ValueError(f"ChannelMultiplier: `identity` must be finite, got {self.identity}")
+        _check.require_number("ChannelMultiplier", "identity", self.identity)
+        _check.require_integer("ChannelMultiplier", "groups", self.groups)
         if self.groups < 1 or self.scale.shape[0] % self.groups:
             raise ValueError(
                 f"ChannelMultiplier: `groups` must divide the {self.scale.shape[0]} channels of `scale`, "
@@ -113,6 +115,8 @@ def _check_vector(name: str, vector: Any) -> None:
     if not isinstance(vector, Tensor) or vector.dtype not in (torch.float32, torch.float64):
         got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
         raise TypeError(f"ChannelMultiplier: `{name}` must be a float32 or float64 tensor, got {got}")
+    if vector.layout is not torch.strided:
+        raise TypeError(f"ChannelMultiplier: `{name}` must be a dense tensor, got layout {vector.layout}")
     if vector.dim() != 1 or vector.shape[0] < 1:
         raise ValueError(f"ChannelMultiplier: `{name}` must be [Co] with Co >= 1, got {tuple(vector.shape)}")
     if vector.device.type != "meta" and not bool(vector.isfinite().all()):
@@ -185,6 +189,8 @@ def pack_multipliers(op: str, count: int, multipliers: Sequence[Multiplier] | No
     """`multipliers` as arguments of a torch op; None stands for none anywhere."""
     if multipliers is None:
         return Packed([], [NONE, 1] * count, [0.0] * count)
+    if isinstance(multipliers, Tensor | ChannelMultiplier) or not isinstance(multipliers, Sequence):
+        raise TypeError(f"{op}: `multipliers` must be a list, one a parameter, got {type(multipliers).__name__}")
     if len(multipliers) != count:
         raise ValueError(f"{op}: {count} parameters, but {len(multipliers)} multipliers")
     if torch.compiler.is_compiling() or not _CHANNELS_ONLY.issuperset(map(type, multipliers)):
@@ -230,12 +236,15 @@ def _pack(op: str, multipliers: Sequence[Multiplier]) -> Packed:
 
 def per_tensor(op: str, name: str, value: float | Sequence[float], count: int) -> list[float]:
     """One float per parameter from a float or a sequence."""
-    if isinstance(value, int | float):
-        return [float(value)] * count
-    values = list(value)
-    if len(values) != count:
-        raise ValueError(f"{op}: {count} parameters, but {len(values)} values of `{name}`")
-    return values
+    if not isinstance(value, list | tuple):
+        if isinstance(value, float) and not math.isfinite(value):
+            return [value] * count  # for the check to name
+        return [_check.require_number(op, name, value)] * count
+    if len(value) != count:
+        raise ValueError(f"{op}: {count} parameters, but {len(value)} values of `{name}`")
+    if set(map(type, value)) == {float}:
+        return list(value)
+    return [_check.require_number(op, f"{name}[{at}]", number) for at, number in enumerate(value)]
 
 
 def dense_multipliers(shapes: Sequence[Sequence[int]], packed: Packed) -> list[Tensor | None]:
@@ -259,26 +268,41 @@ def refuse_twice(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{op}: `{name}[{at}]` is in the list twice")
 
 
-def check_number(op: str, name: str, value: float) -> None:
-    """ValueError unless `value` is finite."""
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: `{name}` must be finite, got {value}")
+def changed_tensors(lists: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """What a step changes, by name; `lists`: params, grads, then each kind of state."""
+    kinds = ("params", *(f"state[{at}]" for at in range(len(lists) - 2)))
+    changed = (lists[0], *lists[2:])
+    return {f"{kind}[{at}]": t for kind, own in zip(kinds, changed, strict=True) for at, t in enumerate(own)}
+
+
+def check_number(op: str, name: str, value: float, least: float | None = None, below: float | None = None) -> None:
+    """TypeError or ValueError unless `value` is a finite number, at least `least` and below `below`."""
+    _check.require_number(op, name, value, least, below)
 
 
 def check_numbers(op: str, count: int, **numbers: Sequence[float]) -> None:
-    """ValueError unless every number is finite and there is one per parameter."""
+    """ValueError unless every number is finite and there is one per parameter. Decay is not negative.
+
+    A learning rate may be: schedules end a rounding error below 0, and a step there should not raise.
+    """
     for name, values in numbers.items():
         if len(values) != count:
             raise ValueError(f"{op}: {count} parameters, but {len(values)} values of `{name}`")
         if not all(map(math.isfinite, values)):
             at = next(i for i, value in enumerate(values) if not math.isfinite(value))
             raise ValueError(f"{op}: `{name}` must be finite, got {values[at]} for `params[{at}]`")
+        if name == "weight_decay" and values and min(values) < 0:
+            at = min(range(count), key=values.__getitem__)
+            raise ValueError(f"{op}: `{name}` must be at least 0, got {values[at]} for `params[{at}]`")
 
 
 def require_flag(op: str, name: str, flag: Tensor | None, device: torch.device) -> None:
     """TypeError or ValueError unless `flag` is None or one float32 on `device`."""
     if flag is None:
         return
+    _check.require_tensor(op, name, flag)
+    if flag.layout is not torch.strided:
+        raise TypeError(f"{op}: `{name}` must be a dense tensor, got layout {flag.layout}")
     if flag.dtype is not torch.float32:
         raise TypeError(f"{op}: `{name}` must be float32, got {flag.dtype}")
     if flag.numel() != 1:

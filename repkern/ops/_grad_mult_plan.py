@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repkern.ops import _check
 from repkern.ops._grad_mult import (
     CENTRE,
     CPU,
@@ -137,6 +138,7 @@ def _plan(
             wanted_dtype = dtypes[at] if name == "grads" else state_dtype(dtypes[at])
             wanted_fact = (shapes[at], wanted_dtype, devices[at])
             _require(op, f"{name}[{at}]", (others_shape[at], others_dtype[at], others_device[at]), wanted_fact)
+        _check.require_fits(op, f"the bytes of `{where}`", *shapes[at], 8)
         kind, groups = layout[2 * at], layout[2 * at + 1]
         if kind in (SCALE, CENTRE):
             check_kernel(op, where, tuple(shapes[at]), kind, groups, identity[at])

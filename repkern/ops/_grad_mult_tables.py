@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from repkern.ops import _check
 from repkern.ops._check import DTYPE_CODE
-from repkern.ops._grad_mult import CENTRE, DENSE, NONE, Packed, Vectors
+from repkern.ops._grad_mult import CENTRE, DENSE, NONE, Packed, Vectors, changed_tensors
 from repkern.ops._grad_mult_plan import Plan
 from repkern.ops._library import Native
+from repkern.ops._overlap import refuse_overlaps
 
 __all__ = [
     "CHUNK_SIZE",
@@ -94,7 +96,7 @@ def moving_table(
     """
     count = len(plan.tensors)
     addresses = [address for tensors in lists for address in _check.addresses(tensors)]
-    _refuse_shared(addresses[:count], plan)
+    _refuse_shared(addresses, lists, plan)
     addresses += [0] * ((2 + _STATES) * count - len(addresses))
     addresses += _check.addresses(steps) if steps else [0] * count
     addresses += _multiplier_columns(plan, packed.tensors)
@@ -153,13 +155,19 @@ def _kept_while_captured(answer: _T, *tensors: Tensor) -> _T:
     return answer
 
 
-def _refuse_shared(addresses: Sequence[int], plan: Plan) -> None:
-    if len(set(addresses)) == len(addresses):
+# Where the tensors of a plan's last steps lay: checked once, then compared.
+_known_places: weakref.WeakKeyDictionary[Plan, list[list[int]]] = weakref.WeakKeyDictionary()
+_KEPT_PLACES = 4
+
+
+def _refuse_shared(addresses: list[int], lists: Sequence[Sequence[Tensor]], plan: Plan) -> None:
+    """ValueError where tensors that a step changes share memory. `lists`: as in `moving_table`."""
+    known = _known_places.setdefault(plan, [])
+    if addresses in known:
         return
-    seen: dict[int, int] = {}
-    for at, address in enumerate(addresses):
-        if plan.tensors[at].size and seen.setdefault(address, at) != at:
-            raise ValueError(f"`params[{at}]` and `params[{seen[address]}]` lie in the same memory")
+    refuse_overlaps("grad_mult", changed_tensors(lists))
+    known.append(list(addresses))
+    del known[:-_KEPT_PLACES]
 
 
 @contextmanager

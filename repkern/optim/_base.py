@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repkern.ops import ChannelMultiplier
+from repkern.ops._overlap import overlapping
 from repkern.optim.grad_mult import GradMult
 
 __all__ = ["Launch", "Mult", "RepOptimizer", "non_negative"]
@@ -21,11 +22,15 @@ Mult = GradMult | Tensor
 _Group = dict[str, Any]
 _KEY = "grad_mults"
 _LISTED = 8
+_PLAIN = (Tensor, torch.nn.Parameter)  # whose memory can be asked for; a subclass may have none
 
 
 def non_negative(name: str, value: float) -> None:
-    """ValueError for a negative or infinite setting of a parameter group."""
-    if not (math.isfinite(value) and value >= 0):
+    """ValueError or TypeError for a setting of a parameter group that is negative, not finite or not a number."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"{name} must be a number of zero or more, got {value!r}")
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be zero or more, got {value}")
 
 
@@ -81,10 +86,19 @@ class RepOptimizer(torch.optim.Optimizer):
         self._check_group({**self.defaults, **group})
         super().add_param_group(group)
         try:
+            self._refuse_overlaps()
             self._adopt(own)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def _refuse_overlaps(self) -> None:
+        """ValueError where parameters, of any groups, share memory: one step would update it twice."""
+        named = [(name, parameter) for _, name, parameter, _ in self._parameters() if type(parameter) in _PLAIN]
+        found = overlapping([parameter for _, parameter in named])
+        if found is not None:
+            one, other = (named[at][0] for at in found)
+            raise ValueError(f"{one} and {other} lie in the same memory, which one step would update twice")
 
     def _parameters(self) -> Iterator[tuple[int, str, Tensor, _Group]]:
         """(number as in state_dict, name for messages, parameter, group)."""

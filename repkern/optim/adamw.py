@@ -51,8 +51,13 @@ class RepAdamW(RepOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         non_negative("eps", group["eps"])
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        for at, beta in enumerate(betas):
+            non_negative(f"betas[{at}]", beta)
+            if not beta < 1:
+                raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
     def _update(self, launch: Launch) -> None:
         amsgrad = launch.settings["amsgrad"]

@@ -46,7 +46,7 @@ class GradMult:
             raise ValueError(f"conv_scale is 0 for channel {channel}: its kernel would never change")
         if not isinstance(identity, bool):
             raise TypeError(f"identity must be True or False (the branch's own scale does not enter), got {identity!r}")
-        if not isinstance(groups, int) or groups < 1 or len(conv) % groups:
+        if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or len(conv) % groups:
             raise ValueError(f"groups must divide the {len(conv)} channels, got {groups!r}")
         for name, value in zip(self.__slots__, (conv, groups, identity, pointwise), strict=True):
             object.__setattr__(self, name, value)
@@ -134,7 +134,14 @@ class GradMult:
 
 
 def _vector(name: str, values: _Vector) -> Tensor:
-    scale = values.detach().to("cpu", copy=True) if isinstance(values, Tensor) else torch.tensor(list(values))
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.tensor(list(values))
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be a vector of numbers, got {values!r}") from None
+    if values.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {values.layout}")
+    scale = values.detach().to("cpu", copy=True)
     if scale.dim() != 1 or not len(scale):
         raise ValueError(f"{name} must be a vector with one number per output channel, got shape {tuple(scale.shape)}")
     if not scale.is_floating_point():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,11 @@ class RepSGD(RepOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         non_negative("momentum", group["momentum"])
+        dampening = group["dampening"]
+        if isinstance(dampening, bool) or not isinstance(dampening, int | float):
+            raise TypeError(f"dampening must be a number, got {dampening!r}")
+        if not math.isfinite(dampening):
+            raise ValueError(f"dampening must be finite, got {dampening}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov needs a momentum and no dampening, got momentum={group['momentum']}, "

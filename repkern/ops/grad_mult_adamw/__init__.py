@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from repkern.ops._check import require_number
+from repkern.ops._check import require_tensors as _require_tensors
 from repkern.ops._grad_mult import (
     Multiplier,
     Packed,
+    check_number,
     check_numbers,
     check_steps,
     pack_multipliers,
@@ -22,6 +25,16 @@ from repkern.ops._library import define_op
 __all__ = ["grad_mult_adamw_"]
 
 OP = "grad_mult_adamw_"
+
+
+def _check_betas(*betas: float) -> list[float]:
+    """The two as floats; TypeError or ValueError that names the one that is not in [0, 1)."""
+    for at, beta in enumerate(betas):
+        if isinstance(beta, bool) or not isinstance(beta, int | float):
+            raise TypeError(f"{OP}: `betas[{at}]` must be a number in [0, 1), got {beta!r}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"{OP}: `betas[{at}]` must be in [0, 1), got {beta}")
+    return [float(beta) for beta in betas]
 
 
 def _check(
@@ -47,11 +60,8 @@ def _check(
     found_inf: Tensor | None,
 ) -> Plan:
     check_numbers(OP, len(params), lr=lr, weight_decay=weight_decay)
-    for name, beta in (("betas[0]", beta1), ("betas[1]", beta2)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{OP}: `{name}` must be in [0, 1), got {beta}")
-    if not eps >= 0:
-        raise ValueError(f"{OP}: `eps` must be at least 0, got {eps}")
+    _check_betas(beta1, beta2)
+    check_number(OP, "eps", eps, 0)
     lists = [params, grads, exp_avgs, exp_avg_sqs]
     names: tuple[str, ...] = ("params", "grads", "exp_avgs", "exp_avg_sqs")
     if amsgrad:
@@ -117,16 +127,24 @@ def grad_mult_adamw_(
     Raises TypeError or ValueError that names the tensor, the got and the wanted value; RuntimeError where a gradient
     would be recorded (call it under torch.no_grad()).
     """
+    params, grads = _require_tensors(OP, "params", params), _require_tensors(OP, "grads", grads)
+    exp_avgs, exp_avg_sqs = _require_tensors(OP, "exp_avgs", exp_avgs), _require_tensors(OP, "exp_avg_sqs", exp_avg_sqs)
+    steps = _require_tensors(OP, "steps", steps)
+    if amsgrad:
+        max_exp_avg_sqs = _require_tensors(OP, "max_exp_avg_sqs", [] if max_exp_avg_sqs is None else max_exp_avg_sqs)
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"{OP}: `betas` must be two numbers in [0, 1), got {betas!r}")
+    beta1, beta2 = _check_betas(*betas)
     count = len(params)
     if count == 0:
         return
     packed = pack_multipliers(OP, count, multipliers)
     run_in_place(
         _step,
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs),
-        list(max_exp_avg_sqs) if amsgrad and max_exp_avg_sqs is not None else [], list(steps),
+        params, grads, exp_avgs, exp_avg_sqs,
+        list(max_exp_avg_sqs) if amsgrad and max_exp_avg_sqs is not None else [], steps,
         packed.tensors, packed.layout, packed.identity,
         per_tensor(OP, "lr", lr, count), per_tensor(OP, "weight_decay", weight_decay, count),
-        float(betas[0]), float(betas[1]), float(eps), bool(amsgrad), bool(maximize), bool(decoupled),
+        beta1, beta2, require_number(OP, "eps", eps, 0), bool(amsgrad), bool(maximize), bool(decoupled),
         bool(multiply_update), grad_scale, found_inf,
     )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from repkern.ops._grad_mult import Packed, dense_multipliers, keep_where, multiplied_gradient
+from repkern.ops._grad_mult import Packed, changed_tensors, dense_multipliers, keep_where, multiplied_gradient
+from repkern.ops._overlap import refuse_overlaps
 
 __all__ = ["grad_mult_adamw_"]
 
@@ -33,6 +34,7 @@ def grad_mult_adamw_(
     found_inf: Tensor | None,
 ) -> None:
     """The step of repkern.ops.grad_mult_adamw_, arguments as in the schema."""
+    refuse_overlaps("grad_mult_adamw_", changed_tensors([params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]))
     dense = dense_multipliers([p.shape for p in params], Packed(multipliers, layout, identity))
     for at, (param, grad) in enumerate(zip(params, grads, strict=True)):
         multiplier, step = dense[at], steps[at]

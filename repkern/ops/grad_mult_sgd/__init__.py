@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from repkern.ops._check import require_number
+from repkern.ops._check import require_tensors as _require_tensors
 from repkern.ops._grad_mult import (
     Multiplier,
     Packed,
@@ -42,7 +44,7 @@ def _check(
     found_inf: Tensor | None,
 ) -> Plan:
     check_numbers(OP, len(params), lr=lr, weight_decay=weight_decay, first_step=first_step)
-    check_number(OP, "momentum", momentum)
+    check_number(OP, "momentum", momentum, 0)
     check_number(OP, "dampening", dampening)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(
@@ -110,15 +112,19 @@ def grad_mult_sgd_(
     Raises TypeError or ValueError that names the tensor, the got and the wanted value; RuntimeError where a gradient
     would be recorded (call it under torch.no_grad()).
     """
+    params, grads = _require_tensors(OP, "params", params), _require_tensors(OP, "grads", grads)
+    momentum = require_number(OP, "momentum", momentum, 0)
+    if momentum != 0:
+        momentum_buffers = _require_tensors(OP, "momentum_buffers", [] if momentum_buffers is None else momentum_buffers)
     count = len(params)
     if count == 0:
         return
     packed = pack_multipliers(OP, count, multipliers)
-    marks = [0] * count if first_step is None else [int(mark) for mark in first_step]
+    marks = [0] * count if first_step is None else [int(bool(mark)) for mark in first_step]
     run_in_place(
         _step,
-        list(params), list(grads), list(momentum_buffers) if momentum != 0 and momentum_buffers is not None else [],
+        params, grads, list(momentum_buffers) if momentum != 0 and momentum_buffers is not None else [],
         packed.tensors, packed.layout, packed.identity,
         per_tensor(OP, "lr", lr, count), per_tensor(OP, "weight_decay", weight_decay, count), marks,
-        float(momentum), float(dampening), bool(nesterov), bool(maximize), grad_scale, found_inf,
+        momentum, require_number(OP, "dampening", dampening), bool(nesterov), bool(maximize), grad_scale, found_inf,
     )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repkern.ops._grad_mult import Packed, dense_multipliers, keep_where, multiplied_gradient
+from repkern.ops._grad_mult import Packed, changed_tensors, dense_multipliers, keep_where, multiplied_gradient
+from repkern.ops._overlap import refuse_overlaps
 
 __all__ = ["grad_mult_sgd_"]
 
@@ -27,6 +28,7 @@ def grad_mult_sgd_(
     found_inf: Tensor | None,
 ) -> None:
     """The step of repkern.ops.grad_mult_sgd_, arguments as in the schema."""
+    refuse_overlaps("grad_mult_sgd_", changed_tensors([params, grads, momentum_buffers]))
     dense = dense_multipliers([p.shape for p in params], Packed(multipliers, layout, identity))
     for at, (param, grad) in enumerate(zip(params, grads, strict=True)):
         g = multiplied_gradient(grad, dense[at], grad_scale, maximize)
