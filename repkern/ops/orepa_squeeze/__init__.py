@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repkern.ops import _check
 from repkern.ops._library import define_op
-from repkern.ops.orepa_squeeze.layers import OP, SqueezeBranches, kernel_shape, pack
+from repkern.ops.orepa_squeeze.layers import OP, TENSOR_FIELDS, SqueezeBranches, kernel_shape, pack
 from repkern.ops.orepa_squeeze.plan import Plan, differentiable, plan_of
 
 __all__ = ["SqueezeBranches", "orepa_squeeze", "orepa_squeeze_many"]
@@ -91,14 +91,47 @@ squeeze_many_backward = define_op(
 
 
 def _as_computed(layer: SqueezeBranches) -> SqueezeBranches:
-    """Half-precision parameters are computed in float32; the default prior filter is filled in."""
+    """Half-precision parameters are computed in float32; the default prior filter is filled in, never in half."""
     if layer.prior is not None and layer.prior_filter is None:
         from repkern.ops.orepa_squeeze.prior import dct_filter
 
+        dtype = torch.float32 if layer.prior.dtype in _HALF else layer.prior.dtype
         co, _, k, _ = kernel_shape(layer)
-        layer = layer._replace(prior_filter=dct_filter(co, k, dtype=layer.prior.dtype, device=layer.prior.device))
+        _check.require_fits(OP, "the bytes of the prior filter", co, k, k, 8)
+        layer = layer._replace(prior_filter=dct_filter(co, k, dtype=dtype, device=layer.prior.device))
     fields = [t.float() if isinstance(t, Tensor) and t.dtype in _HALF else t for t in layer]
     return SqueezeBranches(*fields)  # type: ignore[arg-type]
+
+
+def _check_layers(layers: Sequence[SqueezeBranches]) -> list[SqueezeBranches]:
+    """TypeError for what is not a layer of tensors, and for parameters of two dtypes.
+
+    A prior filter may be float32 beside parameters in half precision.
+    """
+    if isinstance(layers, SqueezeBranches | Tensor | str) or not isinstance(layers, Sequence):
+        raise TypeError(f"{OP}: `layers` must be a list of SqueezeBranches, got {type(layers).__name__}")
+    first_name, first = "", None
+    for n, layer in enumerate(layers):
+        where = f"layers[{n}]"
+        if not isinstance(layer, SqueezeBranches):
+            raise TypeError(f"{OP}: `{where}` must be a SqueezeBranches, got {type(layer).__name__}")
+        for name, tensor in zip(TENSOR_FIELDS, layer, strict=False):
+            if tensor is None:
+                continue
+            _check.require_tensor(OP, f"{where}.{name}", tensor, optional=True)
+            if name == "prior_filter":
+                continue
+            if first is None:
+                first_name, first = f"{where}.{name}", tensor.dtype  # type: ignore[union-attr]
+            elif tensor.dtype != first:  # type: ignore[union-attr]
+                raise TypeError(
+                    f"{OP}: `{where}.{name}` is {tensor.dtype} but "  # type: ignore[union-attr]
+                    f"`{first_name}` is {first}; all must share one dtype"
+                )
+        _check.require_integer(OP, f"{where}.groups", layer.groups, 1)
+        if not isinstance(layer.identity_reduce, bool):
+            raise TypeError(f"{OP}: `{where}.identity_reduce` must be True or False, got {layer.identity_reduce!r}")
+    return list(layers)
 
 
 def orepa_squeeze_many(
@@ -109,11 +142,15 @@ def orepa_squeeze_many(
 ) -> list[Tensor]:
     """The squeezed kernels of many layers in one launch, forward and backward.
 
-    layers: one SqueezeBranches each; all tensors on one device and of one dtype. Returns one [Co, Ci/g, K, K] a layer.
+    layers: one SqueezeBranches each; all tensors on one device and of one dtype, prior filters of half-precision layers
+    in that or in float32. Returns one [Co, Ci/g, K, K] a layer.
     Otherwise as `orepa_squeeze`. An empty list gives an empty list.
     """
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"{OP}: memory_format must be contiguous_format or channels_last, got {memory_format}")
+    if out_dtype is not None:
+        _check.require_floating(OP, out_dtype)
+    layers = _check_layers(layers)
     if not layers:
         return []
     half = {t.dtype for layer in layers for t in layer[:10] if isinstance(t, Tensor) and t.dtype in _HALF}
@@ -146,7 +183,8 @@ def orepa_squeeze(
 
     Shapes as in `SqueezeBranches`; a branch that is None is absent and costs nothing. `scale`: [6, Co] in the order
     origin, avg, prior, 1x1-KxK, 1x1, dw-pw, or one row per present branch; None means ones. `prior_filter` [Co, K, K]
-    defaults to the paper's cosine filters (supplement, Table 1).
+    defaults to the paper's cosine filters (supplement, Table 1), in float32 where the parameters are in half precision;
+    a given one may be float32 beside them too.
     float32 or float64 parameters; half-precision ones are computed in float32 and give a half-precision kernel.
     `out_dtype` and `memory_format` are what the kernel is written in. Returns [Co, Ci/g, K, K].
     Raises ValueError or TypeError, naming the tensor, for shapes, dtypes or devices that do not fit together.

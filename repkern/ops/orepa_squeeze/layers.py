@@ -12,6 +12,7 @@ from repkern.ops import _check
 __all__ = [
     "BRANCH_NAMES",
     "GRADIENT_FIELDS",
+    "TENSOR_FIELDS",
     "SqueezeBranches",
     "check_layers",
     "kernel_shape",
@@ -21,10 +22,10 @@ __all__ = [
 
 OP = "orepa_squeeze"
 BRANCH_NAMES = ("origin", "avg", "prior", "1x1-KxK", "1x1", "dw-pw")
-_TENSOR_FIELDS = (
+TENSOR_FIELDS = (
     "origin", "avg", "prior", "pointwise", "reduce", "expand", "depthwise", "project", "scale", "prior_filter",
 )  # fmt: skip
-GRADIENT_FIELDS = _TENSOR_FIELDS[:9]
+GRADIENT_FIELDS = TENSOR_FIELDS[:9]
 INTS_PER_LAYER = 3  # mask of present tensors, groups, identity_reduce
 
 
@@ -94,6 +95,8 @@ def kernel_shape(layer: SqueezeBranches) -> tuple[int, int, int, int]:
         ("spatial", spatial, (3, 4)),
         ("channel", channels, (2, 4)),
         ("filter", filters, (2, 4)),
+        *((n, t, (2,)) for n, t in (("reduce", layer.reduce),) if t is not None),
+        *((n, t, (3,)) for n, t in (("depthwise", layer.depthwise),) if t is not None),
     ):
         if tensor.dim() not in wanted:
             raise ValueError(f"{OP}: a {name} branch tensor has shape {tuple(tensor.shape)}, which no branch has")
@@ -107,7 +110,7 @@ def pack(layers: Sequence[SqueezeBranches]) -> tuple[list[torch.Tensor], list[in
     layout: list[int] = []
     for layer in layers:
         mask = 0
-        for bit, tensor in enumerate(layer[: len(_TENSOR_FIELDS)]):
+        for bit, tensor in enumerate(layer[: len(TENSOR_FIELDS)]):
             if isinstance(tensor, torch.Tensor):
                 tensors.append(tensor)
                 mask |= 1 << bit
@@ -124,7 +127,7 @@ def unpack(tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> list[Squee
     for start in range(0, len(layout), INTS_PER_LAYER):
         mask, groups, identity = layout[start : start + INTS_PER_LAYER]
         fields: list[Any] = []
-        for bit in range(len(_TENSOR_FIELDS)):
+        for bit in range(len(TENSOR_FIELDS)):
             if mask >> bit & 1:
                 if at >= len(tensors):
                     raise ValueError(f"{OP}: layout names more tensors than the {len(tensors)} given")
@@ -145,7 +148,7 @@ def check_layers(tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> list
         raise ValueError(f"{OP}: the list of layers is empty")
     named: dict[str, Any] = {f"tensor {i}": t for i, t in enumerate(tensors)}
     if any(t.dtype != tensors[0].dtype or t.device != tensors[0].device for t in tensors):
-        named = {f"layers[{n}].{f}": t for n, la in enumerate(layers) for f, t in zip(_TENSOR_FIELDS, la, strict=False)}
+        named = {f"layers[{n}].{f}": t for n, la in enumerate(layers) for f, t in zip(TENSOR_FIELDS, la, strict=False)}
     _check.require_same(OP, named, (torch.float32, torch.float64))
     for layer in layers:
         _check_layer(layer)
@@ -165,6 +168,7 @@ def _check_layer(layer: SqueezeBranches) -> None:
     for pair in (("reduce", "expand"), ("depthwise", "project"), ("prior", "prior_filter")):
         if (getattr(layer, pair[0]) is None) != (getattr(layer, pair[1]) is None):
             raise ValueError(f"{OP}: `{pair[0]}` and `{pair[1]}` belong to one branch: give both or neither")
+    _check.require_fits(OP, "the bytes of the kernel", co, cig, k, k, 8)
     _check_shapes(layer, co, cig, k)
 
 
