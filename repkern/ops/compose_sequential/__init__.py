@@ -19,6 +19,8 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _check_forward(first: Tensor, second: Tensor, groups: int) -> None:
+    _check.require_tensor(OP, "first", first)
+    _check.require_tensor(OP, "second", second)
     _check.require_same(OP, {"first": first, "second": second}, _DTYPES)
     for name, kernel in (("first", first), ("second", second)):
         if kernel.dim() != 4 or kernel.shape[2] != kernel.shape[3] or 0 in kernel.shape:
@@ -35,11 +37,20 @@ def _check_forward(first: Tensor, second: Tensor, groups: int) -> None:
             f"{OP}: `second` takes {second.shape[1]} x {groups} groups = {second.shape[1] * groups} channels, "
             f"but `first` gives {first.shape[0]}"
         )
+    _kernel_size(first, second)
+
+
+def _kernel_size(first: Tensor, second: Tensor) -> int:
+    """K1 + K2 - 1, of a kernel that fits."""
+    size = first.shape[-1] + second.shape[-1] - 1
+    _check.require_fits(OP, "the bytes of the kernel", second.shape[0], first.shape[1], size, size, 8)
+    return size
 
 
 def _check_backward(grad: Tensor, first: Tensor, second: Tensor, groups: int) -> None:
     _check_forward(first, second, groups)
     size = first.shape[-1] + second.shape[-1] - 1
+    _check.require_tensor(OP, "grad", grad)
     _check.require_shape(OP, "grad", grad, (second.shape[0], first.shape[1], size, size))
     _check.require_floating(OP, grad.dtype)
     if grad.device != first.device:
@@ -91,6 +102,9 @@ def compose_sequential(first: Tensor, second: Tensor, *, groups: int = 1) -> Ten
     supplement Eq. 2), not a cross-correlation of the kernels.
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit together.
     """
+    _check.require_tensor(OP, "first", first)
+    _check.require_tensor(OP, "second", second)
+    groups = _check.require_integer(OP, "groups", groups, 1)
     if first.dtype in _HALF and second.dtype == first.dtype:
         return _compose(first.float(), second.float(), groups).to(first.dtype)
     return _compose(first, second, groups)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from repkern import _native
+from repkern.ops import _check
 from repkern.ops._library import define_op
 from repkern.ops.direct_conv2d import reference
 from repkern.ops.direct_conv2d.contract import (
@@ -69,15 +70,16 @@ _weight_op = define_op(
 
 
 def _pair(name: str, value: Size) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else [int(number) for number in value]
-    if len(pair) != 2:
-        raise ValueError(f"{OP}: `{name}` must be one number or two, got {value}")
-    return pair
+    if isinstance(value, list | tuple):
+        if len(value) != 2:
+            raise ValueError(f"{OP}: `{name}` must be one number or two, got {value}")
+        return [_check.require_integer(OP, name, number) for number in value]
+    return [_check.require_integer(OP, name, value)] * 2
 
 
 def _code(activation: str | None) -> int:
-    name = activation or "none"
-    if name not in ACTIVATIONS:
+    name = "none" if activation is None else activation
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{OP}: `activation` must be one of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
     return ACTIVATIONS.index(name)
 
@@ -100,7 +102,9 @@ def direct_pack_weight(weight: Tensor, *, groups: int = 1, method: str = "auto")
     mostly empty, else "fma". Both undo exactly with `direct_unpack_weight`. Raises ValueError or TypeError for
     arguments that do not fit, RuntimeError where a gradient would be recorded.
     """
-    if method not in ("auto", *METHODS):
+    _check.require_tensor(OP, "weight", weight)
+    groups = _check.require_integer(OP, "groups", groups, 1)
+    if not isinstance(method, str) or method not in ("auto", *METHODS):
         raise ValueError(f"{OP}: `method` must be 'auto', {', '.join(map(repr, METHODS))}, got {method!r}")
     chosen = _best_method(weight, groups) if method == "auto" else method
     packed: Tensor = _weight_op(weight, groups, METHODS.index(chosen))
@@ -115,12 +119,18 @@ def direct_unpack_weight(
     The exception are "split" weights that round to an infinite bfloat16 (above 3.38e38) or lie below 2^-100, where the
     lowest bits are lost. ValueError when the sizes do not fit `packed`.
     """
+    _check.require_tensor(OP, "packed", packed)
+    groups = _check.require_integer(OP, "groups", groups)
+    in_channels = _check.require_integer(OP, "in_channels", in_channels)
+    out_channels = _check.require_integer(OP, "out_channels", out_channels)
     if groups < 1 or in_channels < 1 or in_channels % groups or out_channels < 1 or out_channels % groups:
         raise ValueError(
             f"{OP}: in_channels (={in_channels}) and out_channels (={out_channels}) must be divisible by "
             f"`groups` (={groups})"
         )
     size = _pair("kernel_size", kernel_size)
+    if min(size) < 1:
+        raise ValueError(f"{OP}: `kernel_size` must be at least 1, got {size}")
     shape = packed_shape(out_channels, in_channels // groups, size, groups, is_split(packed))
     if tuple(packed.shape) != shape:
         raise ValueError(f"{OP}: `packed` must have shape {shape}, got {tuple(packed.shape)}")
@@ -142,19 +152,27 @@ def direct_conv2d_packed(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `direct_conv2d`, with weights packed before by `direct_pack_weight`; float64 maps take "fma" weights."""
+    _check_arguments(x, packed, bias, residual)
     return _packed_op(
         x,
         packed,
         bias,
         residual,
-        out_channels,
+        _check.require_integer(OP, "out_channels", out_channels, 1),
         _pair("kernel_size", kernel_size),
         _pair("stride", stride),
         _pair("padding", padding),
         _pair("dilation", dilation),
-        groups,
+        _check.require_integer(OP, "groups", groups, 1),
         _code(activation),
     )
+
+
+def _check_arguments(x: Any, weights: Any, bias: Any, residual: Any, name: str = "packed") -> None:
+    for own, tensor in (("x", x), (name, weights)):
+        _check.require_tensor(OP, own, tensor)
+    for own, tensor in (("bias", bias), ("residual", residual)):
+        _check.require_tensor(OP, own, tensor, optional=True)
 
 
 def direct_conv2d(
@@ -179,6 +197,8 @@ def direct_conv2d(
     read it; infinity does too, as NaN with method "split". Deterministic. Raises ValueError or TypeError for arguments
     that do not fit, RuntimeError where a gradient would be recorded.
     """
+    _check_arguments(x, weight, bias, residual, "weight")
+    groups = _check.require_integer(OP, "groups", groups, 1)
     if weight.dtype != x.dtype:
         raise TypeError(f"{OP}: `weight` is {weight.dtype} but `x` is {x.dtype}; all must share one dtype")
     if weight.dim() == 4 and x.dim() == 4 and weight.shape[1] * groups != x.shape[1]:

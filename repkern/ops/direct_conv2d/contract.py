@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ __all__ = [
     "METHODS",
     "OP",
     "PARTS",
+    "Geometry",
     "check_conv",
     "check_weight",
+    "geometry",
     "is_split",
     "map_format",
     "output_size",
@@ -57,6 +60,44 @@ def is_split(packed: Tensor) -> bool:
     return packed.dtype == torch.bfloat16
 
 
+_MOST_PADDED = 1 << 28
+
+
+class Geometry(NamedTuple):
+    """Stride, padding and dilation as kernels get them, and the output's size that follows from them."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def geometry(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Geometry:
+    """The output's size, and the numbers by which kernels find their inputs, all bounded by the padded map.
+
+    A stride beyond the padded map gives one output, as that by one position past its end does; the dilation of a
+    single tap says nothing. ValueError where there is no output.
+    """
+    size = output_size(x, kernel_size, stride, padding, dilation)
+    dilations = [1 if k == 1 else d for k, d in zip(kernel_size, dilation, strict=True)]
+    strides = [
+        min(stride[i], int(x.shape[2 + i]) + 2 * padding[i] - dilations[i] * (kernel_size[i] - 1)) for i in range(2)
+    ]
+    return Geometry(size, (strides[0], strides[1]), (padding[0], padding[1]), (dilations[0], dilations[1]))
+
+
+def _check_padded(x: Tensor, out_channels: int, size: tuple[int, int], padding: Sequence[int]) -> None:
+    """ValueError where padding makes an image so large that rows of zeros are all there is to do."""
+    n, channels, height, width = x.shape
+    padded = (channels, height + 2 * padding[0], width + 2 * padding[1])
+    most = max(_MOST_PADDED, 4 * channels * height * width)
+    _check.require_fits(OP, f"the values of an image padded by {tuple(padding)}", *padded, most=most)
+    _check.require_fits(OP, "the bytes of the padded maps", n, *padded, 8)
+    _check.require_fits(OP, "the bytes of the output", n, out_channels, *size, 8)
+
+
 def output_size(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int]:
@@ -75,6 +116,7 @@ def output_size(
 
 def check_weight(weight: Tensor, groups: int, method: int) -> None:
     """ValueError or TypeError unless `weight` is that of a convolution with `groups`."""
+    _check.require_tensor(OP, "weight", weight)
     _check.require_same(OP, {"weight": weight}, _FLOATING)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"{OP}: `weight` must be a non-empty [K, C/g, kh, kw], got {tuple(weight.shape)}")
@@ -104,9 +146,13 @@ def check_conv(
     activation: int,
 ) -> None:
     """ValueError or TypeError for anything a kernel must not see."""
+    _check.require_tensor(OP, "x", x)
+    _check.require_tensor(OP, "packed", packed)
     if x.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(f"{OP}: `x` must be one of float32, float64, got {x.dtype}; for half precision: torch.conv2d")
     split = is_split(packed) and x.dtype == torch.float32
+    if split and packed.layout is not torch.strided:
+        raise TypeError(f"{OP}: `packed` must be a dense tensor, got layout {packed.layout}")
     if split and packed.device != x.device:
         raise ValueError(f"{OP}: `packed` is on {packed.device} but `x` is on {x.device}; one device is needed")
     _check.require_same(
@@ -130,6 +176,7 @@ def check_conv(
     shape = packed_shape(out_channels, x.shape[1] // groups, kernel_size, groups, split)
     _check.require_shape(OP, "packed", packed, shape)
     size = output_size(x, kernel_size, stride, padding, dilation)
+    _check_padded(x, out_channels, size, padding)
     if bias is not None:
         _check.require_shape(OP, "bias", bias, (out_channels,))
     if residual is not None:

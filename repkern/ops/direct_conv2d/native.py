@@ -11,7 +11,7 @@ from repkern.ops import _check
 from repkern.ops._check import DTYPE_CODE
 from repkern.ops._library import Native
 from repkern.ops.direct_conv2d import reference
-from repkern.ops.direct_conv2d.contract import METHODS, is_split, map_format, output_size, packed_shape
+from repkern.ops.direct_conv2d.contract import METHODS, geometry, is_split, map_format, packed_shape
 
 __all__ = ["direct_conv2d_packed", "direct_pack_weight", "prepare_direct_conv2d_packed"]
 
@@ -40,10 +40,10 @@ def direct_conv2d_packed(
         packed, split = reference.direct_pack_weight(weight, groups, METHODS.index("fma")), False
     bias = bias if bias is None else bias.contiguous()
     residual = residual if residual is None else residual.contiguous(memory_format=form)
-    size = output_size(x, kernel_size, stride, padding, dilation)
-    out = _check.empty((x.shape[0], out_channels, *size), x.dtype, x.device, form)
+    where = geometry(x, kernel_size, stride, padding, dilation)
+    out = _check.empty((x.shape[0], out_channels, *where.size), x.dtype, x.device, form)
     # The fields of csrc/direct_conv2d/direct_conv2d.h's DirectParams, in its order.
-    fields = [*x.shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups]
+    fields = [*x.shape, out_channels, *kernel_size, *where.stride, *where.padding, *where.dilation, groups]
     fields += [int(form is torch.channels_last), activation, int(split), DTYPE_CODE[x.dtype]]
     fields += [x.data_ptr(), packed.data_ptr(), _check.pointer(bias), _check.pointer(residual), out.data_ptr()]
     name, threads = "direct_conv2d_packed", torch.get_num_threads()
@@ -84,15 +84,16 @@ def prepare_direct_conv2d_packed(
     if split and not native.module.direct_conv2d_splits_cpu():
         tail = (out_channels, kernel_size, stride, padding, dilation, groups, activation)
         return lambda x, residual: direct_conv2d_packed(native, plan, x, packed, bias, residual, *tail)
-    shape = (x.shape[0], out_channels, *output_size(x, kernel_size, stride, padding, dilation))
+    where = geometry(x, kernel_size, stride, padding, dilation)
+    shape = (x.shape[0], out_channels, *where.size)
     packed, bias = packed.contiguous(), bias if bias is None else bias.contiguous()
-    head = [*x.shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups]
+    head = [*x.shape, out_channels, *kernel_size, *where.stride, *where.padding, *where.dilation, groups]
     head += [int(form is torch.channels_last), activation, int(split), DTYPE_CODE[dtype]]
     run, workspace_of = native.function("direct_conv2d_packed"), native.workspace_size("direct_conv2d_packed")
     bytes_for: dict[int, int] = {}  # by the number of threads
 
     def call(x: Tensor, residual: Tensor | None) -> Tensor:
-        x = x.contiguous(memory_format=form)
+        x, residual = _check.in_memory(x).contiguous(memory_format=form), _check.in_memory(residual)
         residual = residual if residual is None else residual.contiguous(memory_format=form)
         out = _check.empty(shape, dtype, device, form)
         fields = [*head, x.data_ptr(), packed.data_ptr(), _check.pointer(bias), _check.pointer(residual)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from repkern.ops.direct_conv2d.contract import DEPTH, LANES, METHODS, is_split, map_format, runs_of
+from repkern.ops.direct_conv2d.contract import DEPTH, LANES, METHODS, geometry, is_split, map_format, runs_of
 from repkern.ops.winograd_conv2d.reference import activate, pack
 
 __all__ = ["direct_conv2d_packed", "direct_pack_weight", "parts_of", "unpack"]
@@ -96,7 +96,8 @@ def direct_conv2d_packed(
 ) -> Tensor:
     """activation(conv2d(x) + bias + residual) [N, K, OH, OW]."""
     weight = unpack(packed, out_channels, x.shape[1] // groups, kernel_size, groups)
-    y = torch.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+    where = geometry(x, kernel_size, stride, padding, dilation)
+    y = torch.conv2d(x, weight, bias, where.stride, where.padding, where.dilation, groups)
     if residual is not None:
         y = y + residual
     return activate(y, activation).contiguous(memory_format=map_format(x))

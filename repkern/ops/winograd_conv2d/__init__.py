@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repkern.ops import _check
 from repkern.ops._library import define_op
 from repkern.ops.winograd_conv2d.contract import (
     ACTIVATIONS,
@@ -82,6 +83,23 @@ _weight_op = define_op(
 )
 
 
+def _weight_arguments(weight: Any, groups: Any, tile: Any = STRIDE2_TILE) -> tuple[Tensor, int, int]:
+    """TypeError or ValueError naming what is not a tensor or an integer."""
+    _check.require_tensor(OP, "weight", weight)
+    return weight, _check.require_integer(OP, "tile", tile), _check.require_integer(OP, "groups", groups, 1)
+
+
+def _check_arguments(x: Any, weights: Any, bias: Any, residual: Any, name: str = "packed") -> None:
+    for own, tensor in (("x", x), (name, weights)):
+        _check.require_tensor(OP, own, tensor)
+    for own, tensor in (("bias", bias), ("residual", residual)):
+        _check.require_tensor(OP, own, tensor, optional=True)
+
+
+def _integers(**values: Any) -> tuple[int, ...]:
+    return tuple(_check.require_integer(OP, name, value) for name, value in values.items())
+
+
 def winograd_transform_weight(weight: Tensor, tile: int, *, groups: int = 1) -> Tensor:
     """The transformed filters of F(tile x tile, 3x3), once per weight, for `winograd_conv2d_packed`.
 
@@ -89,6 +107,7 @@ def winograd_transform_weight(weight: Tensor, tile: int, *, groups: int = 1) -> 
     float64, in blocks of 16 output channels: [g, ceil(K/g / 16), (tile + 2)^2, C/g, 16], float32 (float64 for float64),
     zeros behind the last output channel. RuntimeError where a gradient would be recorded.
     """
+    weight, tile, groups = _weight_arguments(weight, groups, tile)
     return _weight_op(weight, tile, groups)
 
 
@@ -98,6 +117,7 @@ def winograd_stride2_transform_weight(weight: Tensor, *, groups: int = 1) -> Ten
     weight [K, C/g, 3, 3] in float32, float64, bfloat16 or float16. Returns the different entries of U = G w G^T,
     computed in float64: [g, ceil(K/g / 16), 36, C/g, 16], float32 (float64 for float64).
     """
+    weight, _, groups = _weight_arguments(weight, groups)
     check_weight(weight, STRIDE2_TILE, groups)
     _refuse_gradient(weight)
     return transform_stride2_weight(weight, groups)
@@ -110,6 +130,7 @@ def winograd_pack_weight(weight: Tensor, *, groups: int = 1) -> Tensor:
     (float64 for float64), zeros behind the last output channel: as large as the weight. The CPU kernels transform it in
     the cache, a part at a time; on other backends every call transforms it first.
     """
+    weight, _, groups = _weight_arguments(weight, groups)
     check_weight(weight, TILES[0], groups)
     return pack(weight.flatten(2), groups).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
 
@@ -123,7 +144,7 @@ def winograd_conv2d_packed(
     tile: int,
     padding: int = 1,
     groups: int = 1,
-    activation: str = "none",
+    activation: str | None = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `winograd_conv2d`, with weights prepared by `winograd_transform_weight` for the same tile, or by
@@ -131,7 +152,9 @@ def winograd_conv2d_packed(
 
     packed and bias are float32, or float64 with x. Packed kernels give other roundings than transformed ones.
     """
-    return _packed_op(x, packed, bias, residual, out_channels, tile, padding, groups, _code(activation))
+    _check_arguments(x, packed, bias, residual)
+    options = _integers(out_channels=out_channels, tile=tile, padding=padding, groups=groups)
+    return _packed_op(x, packed, bias, residual, *options, _code(activation))
 
 
 def winograd_stride2_conv2d_packed(
@@ -142,7 +165,7 @@ def winograd_stride2_conv2d_packed(
     out_channels: int,
     padding: int = 1,
     groups: int = 1,
-    activation: str = "none",
+    activation: str | None = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `winograd_stride2_conv2d`, with weights prepared by `winograd_stride2_transform_weight`, or by
@@ -150,7 +173,9 @@ def winograd_stride2_conv2d_packed(
 
     packed and bias are float32, or float64 with x.
     """
-    return _stride2_op(x, packed, bias, residual, out_channels, padding, groups, _code(activation))
+    _check_arguments(x, packed, bias, residual)
+    options = _integers(out_channels=out_channels, padding=padding, groups=groups)
+    return _stride2_op(x, packed, bias, residual, *options, _code(activation))
 
 
 def winograd_stride2_conv2d(
@@ -170,6 +195,8 @@ def winograd_stride2_conv2d(
     in float32 about 4e-7. On CPUs; elsewhere the reference runs. Raises ValueError, TypeError and RuntimeError as that
     function.
     """
+    _check_arguments(x, weight, bias, residual, "weight")
+    (groups,) = _integers(groups=groups)
     _check_together(x, weight, groups)
     packed = winograd_stride2_transform_weight(weight, groups=groups)
     return winograd_stride2_conv2d_packed(
@@ -179,7 +206,7 @@ def winograd_stride2_conv2d(
         out_channels=weight.shape[0],
         padding=padding,
         groups=groups,
-        activation=activation or "none",
+        activation=activation,
         residual=residual,
     )
 
@@ -201,8 +228,8 @@ def _refuse_gradient(weight: Tensor) -> None:
 
 
 def _code(activation: str | None) -> int:
-    name = activation or "none"
-    if name not in ACTIVATIONS:
+    name = "none" if activation is None else activation
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{OP}: `activation` must be one of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
     return ACTIVATIONS.index(name)
 
@@ -229,6 +256,8 @@ def winograd_conv2d(
     Source: Lavin and Gray, arXiv 1509.09308; points in `matrices.py`.
     Raises ValueError or TypeError for arguments that do not fit, RuntimeError where a gradient would be recorded.
     """
+    _check_arguments(x, weight, bias, residual, "weight")
+    (groups,) = _integers(groups=groups)
     if isinstance(tile, str):
         if tile != "auto":
             raise ValueError(f"{OP}: `tile` must be 'auto' or one of {', '.join(map(str, TILES))}, got {tile!r}")
@@ -243,6 +272,6 @@ def winograd_conv2d(
         tile=tile,
         padding=padding,
         groups=groups,
-        activation=activation or "none",
+        activation=activation,
         residual=residual,
     )

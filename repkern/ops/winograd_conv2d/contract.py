@@ -73,6 +73,7 @@ def _check_options(tile: int, groups: int, out_channels: int) -> None:
 
 def check_weight(weight: Tensor, tile: int, groups: int) -> None:
     """ValueError or TypeError unless `weight` is that of a 3x3 convolution with `groups`."""
+    _check.require_tensor(OP, "weight", weight)
     _check.require_same(OP, {"weight": weight}, _FLOATING)
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3) or 0 in weight.shape:
         raise ValueError(
@@ -94,6 +95,8 @@ def check_conv(
     stride: int = 1,
 ) -> None:
     """ValueError or TypeError for anything a kernel must not see."""
+    _check.require_tensor(OP, "x", x)
+    _check.require_tensor(OP, "packed", packed)
     _check.require_same(OP, {"x": x, "residual": residual}, _FLOATING)
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     for name, tensor in (("packed", packed), ("bias", bias)):
@@ -117,6 +120,9 @@ def check_conv(
     if packed.shape != kernels_shape(out_channels, inputs, groups):
         _check.require_shape(OP, "packed", packed, packed_shape(out_channels, inputs, tile, groups))
     size = output_size(x, padding, stride)
+    # A call's workspace holds (tile + 2)^2 points of a tile for every channel, at most 16 an input.
+    _check.require_fits(OP, "the bytes of the transformed maps", *x.shape, 16, 8)
+    _check.require_fits(OP, "the bytes of the transformed output", x.shape[0], out_channels, *size, 16, 8)
     if bias is not None:
         _check.require_shape(OP, "bias", bias, (out_channels,))
     if residual is not None:
