@@ -221,7 +221,7 @@ def test_lists_of_norms_and_layers():
         orepa_squeeze_many(SqueezeBranches(W))
     with pytest.raises(TypeError, match=r"`layers\[1\]` must be a SqueezeBranches, got Tensor"):
         orepa_squeeze_many([SqueezeBranches(W), W])
-    with pytest.raises(TypeError, match=r"`layers\[0\]\.identity_reduce` must be True or False"):
+    with pytest.raises(TypeError, match=r"`identity_reduce` must be True or False"):
         orepa_squeeze(W, identity_reduce=1)
 
 

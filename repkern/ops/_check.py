@@ -156,11 +156,11 @@ def require_same(op: str, tensors: Mapping[str, torch.Tensor | None], dtypes: Se
             )
 
 
-def require_floating(op: str, dtype: torch.dtype) -> None:
-    """TypeError unless `dtype` is one an op can write."""
+def require_floating(op: str, dtype: torch.dtype, what: str = "out_dtype") -> None:
+    """TypeError unless `dtype`, that of `what`, is one an op can write."""
     if dtype not in DTYPE_CODE:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPE_CODE)
-        raise TypeError(f"{op}: out_dtype must be one of {names}, got {str(dtype).removeprefix('torch.')}")
+        raise TypeError(f"{op}: {what} must be one of {names}, got {str(dtype).removeprefix('torch.')}")
 
 
 _is_neg, _is_zero = torch.Tensor.is_neg, torch.Tensor._is_zerotensor

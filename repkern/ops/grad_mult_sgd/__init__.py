@@ -115,9 +115,8 @@ def grad_mult_sgd_(
     params, grads = _require_tensors(OP, "params", params), _require_tensors(OP, "grads", grads)
     momentum = require_number(OP, "momentum", momentum, 0)
     if momentum != 0:
-        momentum_buffers = _require_tensors(
-            OP, "momentum_buffers", [] if momentum_buffers is None else momentum_buffers
-        )
+        momentum_buffers = [] if momentum_buffers is None else momentum_buffers
+        momentum_buffers = _require_tensors(OP, "momentum_buffers", momentum_buffers)
     count = len(params)
     if count == 0:
         return

@@ -112,25 +112,26 @@ def _check_layers(layers: Sequence[SqueezeBranches]) -> list[SqueezeBranches]:
         raise TypeError(f"{OP}: `layers` must be a list of SqueezeBranches, got {type(layers).__name__}")
     first_name, first = "", None
     for n, layer in enumerate(layers):
-        where = f"layers[{n}]"
+        where = f"layers[{n}]." if len(layers) > 1 else ""
         if not isinstance(layer, SqueezeBranches):
-            raise TypeError(f"{OP}: `{where}` must be a SqueezeBranches, got {type(layer).__name__}")
+            raise TypeError(f"{OP}: `layers[{n}]` must be a SqueezeBranches, got {type(layer).__name__}")
         for name, tensor in zip(TENSOR_FIELDS, layer, strict=False):
             if tensor is None:
                 continue
-            _check.require_tensor(OP, f"{where}.{name}", tensor, optional=True)
+            _check.require_tensor(OP, f"{where}{name}", tensor, optional=True)
             if name == "prior_filter":
                 continue
+            _check.require_floating(OP, tensor.dtype, f"`{where}{name}`")  # type: ignore[union-attr]
             if first is None:
-                first_name, first = f"{where}.{name}", tensor.dtype  # type: ignore[union-attr]
+                first_name, first = f"{where}{name}", tensor.dtype  # type: ignore[union-attr]
             elif tensor.dtype != first:  # type: ignore[union-attr]
                 raise TypeError(
-                    f"{OP}: `{where}.{name}` is {tensor.dtype} but "  # type: ignore[union-attr]
+                    f"{OP}: `{where}{name}` is {tensor.dtype} but "  # type: ignore[union-attr]
                     f"`{first_name}` is {first}; all must share one dtype"
                 )
-        _check.require_integer(OP, f"{where}.groups", layer.groups, 1)
+        _check.require_integer(OP, f"{where}groups", layer.groups, 1)
         if not isinstance(layer.identity_reduce, bool):
-            raise TypeError(f"{OP}: `{where}.identity_reduce` must be True or False, got {layer.identity_reduce!r}")
+            raise TypeError(f"{OP}: `{where}identity_reduce` must be True or False, got {layer.identity_reduce!r}")
     return list(layers)
 
 
