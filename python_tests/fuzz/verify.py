@@ -91,8 +91,9 @@ def check_call(name: str, before: tuple[Any, ...], outputs: list[Tensor]) -> Non
         return
     if any(not bool((t.abs() < _OVERFLOWS).all()) for t in _tensors(args)):
         return  # bounds are of numbers that do not overflow
-    first = next(t for t in _tensors(before) if t.is_floating_point())
-    dtype = torch.float32 if first.dtype in _HALF and not name.startswith("branch_norm") else first.dtype
+    dtypes = {t.dtype for t in _tensors(before) if t.is_floating_point()}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = torch.float32 if coarsest in _HALF and not name.startswith("branch_norm") else coarsest
     if name == "direct_pack_weight" and before[2] == 1:
         return  # three bfloat16 parts: what they add up to is checked where they are used
     try:

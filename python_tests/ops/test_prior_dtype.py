@@ -53,6 +53,11 @@ def test_float32_of_half_layers_shows_the_filter(dtype):
     testing.assert_close(kernel, dct_filter(4, 3, dtype=torch.float64)[:, None].expand(4, 2, 3, 3), 1e-7)
 
 
+def test_a_kernel_of_no_size_is_refused():
+    with pytest.raises(ValueError, match="must be odd, got 0"):
+        orepa_squeeze(torch.zeros(4, 2, 0, 0), prior=torch.zeros(4, 2))
+
+
 def test_gradients_see_the_float32_filter():
     prior = torch.randn(4, 2).half().requires_grad_()
     kernel = orepa_squeeze(torch.zeros(4, 2, 3, 3).half(), prior=prior, out_dtype=torch.float32)

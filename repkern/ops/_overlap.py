@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from repkern.ops import _check
+
 __all__ = ["overlapping", "refuse_overlaps"]
 
 
@@ -16,7 +18,7 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     Views that are interleaved in the same memory, as the columns of a matrix, share none.
     """
     spans = sorted(
-        (begin, end, at) for at, t in enumerate(tensors) if (begin := t.data_ptr()) < (end := begin + _extent(t))
+        (begin, end, at) for at, t in enumerate(tensors) if (begin := _check.pointer(t)) < (end := begin + _extent(t))
     )
     open_spans: list[tuple[int, int, int]] = []
     for span in spans:
@@ -40,12 +42,12 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
     """For tensors whose spans meet: exact, by marking the bytes of both."""
     if _is_dense(a) and _is_dense(b):
         return True
-    first = min(a.data_ptr(), b.data_ptr())
-    length = max(a.data_ptr() + _extent(a), b.data_ptr() + _extent(b)) - first
+    first = min(_check.pointer(a), _check.pointer(b))
+    length = max(_check.pointer(a) + _extent(a), _check.pointer(b) + _extent(b)) - first
     marks = torch.zeros(length, dtype=torch.bool)
 
     def bytes_of(tensor: Tensor) -> Tensor:
-        size, item = tensor.itemsize, tensor.data_ptr() - first
+        size, item = tensor.itemsize, _check.pointer(tensor) - first
         strides = [stride * size for stride in tensor.stride()]
         return marks.as_strided((*tensor.shape, size), (*strides, 1), item)
 

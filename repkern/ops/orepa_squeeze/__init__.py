@@ -97,6 +97,7 @@ def _as_computed(layer: SqueezeBranches) -> SqueezeBranches:
 
         dtype = torch.float32 if layer.prior.dtype in _HALF else layer.prior.dtype
         co, _, k, _ = kernel_shape(layer)
+        _check.require_odd(OP, "origin", k)
         _check.require_fits(OP, "the bytes of the prior filter", co, k, k, 8)
         layer = layer._replace(prior_filter=dct_filter(co, k, dtype=dtype, device=layer.prior.device))
     fields = [t.float() if isinstance(t, Tensor) and t.dtype in _HALF else t for t in layer]
