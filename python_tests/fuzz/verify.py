@@ -114,7 +114,7 @@ def check_call(name: str, before: tuple[Any, ...], outputs: list[Tensor]) -> Non
     assert len(outputs) == len(wanted) == len(bounds), f"{name}: {len(outputs)} outputs"
     for number, (got, exact, bound) in enumerate(zip(outputs, wanted, bounds, strict=True)):
         if got.dtype in _HALF:  # what lies below its normal numbers is rounded to a multiple of the smallest
-            bound = bound + torch.finfo(got.dtype).tiny * torch.finfo(got.dtype).eps  # noqa: PLW2901
+            bound = bound + torch.finfo(got.dtype).tiny * torch.finfo(got.dtype).eps
         if got.dtype in _HALF and not name.startswith(("branch_norm", "orepa")):
             bound = bound + (exact.abs() + bound) * testing.unit_roundoff(got.dtype)
         testing.assert_close(got, exact, bound, f"{name}, output {number}")
