@@ -197,3 +197,23 @@ def test_bad_options(kind):
 def test_bad_input(kind):
     with pytest.raises(ValueError, match=r"the input must be \[\(N,\) 4, H, W\], got \(2, 3, 9, 9\)"):
         kind(4, 4, 5)(torch.zeros(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: repkern.nn.RepVGGBlock(4, 4, 3, stride=True), TypeError, "stride must be an integer, got True"),
+        (lambda: repkern.nn.RepVGGBlock(4, 4, 3, dilation=2**62), ValueError, "dilation must be at most"),
+        (lambda: repkern.nn.ACBlock(4, 4, 3, gamma_init=float("nan")), ValueError, "gamma_init must be a number"),
+        (lambda: repkern.nn.ACBlock(4, 4, 3, gamma_init=2j), ValueError, "gamma_init must be a number"),
+        (lambda: repkern.nn.CSLABlock(4, 4, 3, dense_scale=float("inf")), ValueError, "dense_scale must be finite"),
+        (lambda: repkern.nn.CSLABlock(4, 4, 3, dense_scale="1"), TypeError, "dense_scale must be a number or a tensor"),
+        (lambda: repkern.nn.SqueezeExcite(2, 2, dtype=torch.int32), TypeError, "dtype must be"),
+        (lambda: repkern.nn.RepGhostModule(4, 4, raw_identity=2), TypeError, "raw_identity must be True or False"),
+        (lambda: repkern.nn.MobileOneBlock(4, 4, 3, num_conv_branches=2**64), ValueError, "from 1 to 256"),
+        (lambda: repkern.nn.DyRepBlock(4, 4, 3, branches=torch.tensor(2.5)), TypeError, "0-d tensor"),
+    ],
+)
+def test_senseless_options_name_the_value(make, error, text):
+    with pytest.raises(error, match=text):
+        make()

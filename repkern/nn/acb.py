@@ -16,6 +16,8 @@ from repkern.nn.normed_sum import NormedSumBlock, plain_conv
 
 __all__ = ["ACBlock"]
 
+_LARGEST_GAMMA = 1e4  # what half precision holds; not a number is refused too
+
 
 class ACBlock(NormedSumBlock):
     """activation( BN(KxK) + BN(Kx1) + BN(1xK) ).
@@ -58,6 +60,8 @@ class ACBlock(NormedSumBlock):
         )
         if reduce_gamma and gamma_init is not None:
             raise ValueError(f"reduce_gamma=True and gamma_init={gamma_init} both set the norms' weights; give one")
+        if gamma_init is not None and not (isinstance(gamma_init, float | int) and abs(gamma_init) <= _LARGEST_GAMMA):
+            raise ValueError(f"gamma_init must be a number of at most {_LARGEST_GAMMA:g}, got {gamma_init!r}")
         if not use_affine and (reduce_gamma or gamma_init is not None):
             raise ValueError("reduce_gamma and gamma_init need use_affine=True: the norms have no weights without it")
         super().__init__(geometry, activation, None, None, recompute, device, dtype)

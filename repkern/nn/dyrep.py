@@ -56,6 +56,7 @@ class DyRepBlock(SevenBranchBlock):
         geometry = check_geometry(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
+        branches = None if branches is None else tuple(branches)
         if branches is not None and "kxk" not in branches:
             raise ValueError(f"branches must have 'kxk', which takes what others leave, got {tuple(branches)}")
         super().__init__(geometry, activation, recompute, branches, internal_channels, border, device, dtype)

@@ -31,6 +31,8 @@ class Geometry(NamedTuple):
 
 def _integer(name: str, value: int) -> int:
     try:
+        if isinstance(value, bool):  # which operator.index takes for 0 or 1, and torch's convolutions refuse
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None

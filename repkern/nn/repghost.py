@@ -38,6 +38,9 @@ class GhostFusion(NormedSumBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, flag in (("norm_identity", norm_identity), ("raw_identity", raw_identity)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
         geometry = check_geometry(channels, channels, kernel_size, dilation=dilation, groups=channels)
         super().__init__(geometry, activation, None, None, recompute, device, dtype)
         self.dense = plain_conv(geometry, device, dtype)

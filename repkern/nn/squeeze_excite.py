@@ -33,6 +33,7 @@ class SqueezeExcite(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_dtype(dtype)
         if channels < 1 or reduced_channels < 1:
             raise ValueError(
                 f"squeeze-excite needs at least 1 channel, got {channels} channels reduced to {reduced_channels}"
