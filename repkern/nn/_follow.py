@@ -52,7 +52,7 @@ def norms_after(model: nn.Module) -> Followers:
             followers.sure[id(conv)] = names[id(norm)], norm
         else:
             followers.doubtful[id(conv)] = reason
-    for conv, norm in seen.shared:
+    for conv, norm in seen.shared | seen.repeated:
         if _fit(conv, norm) and id(conv) not in followers.sure:
             followers.doubtful.setdefault(id(conv), f"norm {names[id(norm)]} follows but is not all that reads it")
     return followers

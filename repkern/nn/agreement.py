@@ -14,7 +14,18 @@ from torch import nn
 
 from repkern.nn.geometry import Geometry, check_geometry, same_padding
 
-__all__ = ["ROLES", "Expected", "Part", "agreed", "disagrees", "expected", "parts_of", "push", "rewritten"]
+__all__ = [
+    "ROLES",
+    "Expected",
+    "Part",
+    "agreed",
+    "disagrees",
+    "expected",
+    "parts_of",
+    "push",
+    "require_foldable",
+    "rewritten",
+]
 
 
 class Part(NamedTuple):
@@ -128,6 +139,29 @@ def push(block: nn.Module, g: Geometry) -> None:
             module._reversed_padding_repeated_twice = [width, width, height, height]
 
 
+def require_foldable(block: nn.Module, biased: frozenset[str]) -> None:
+    """ValueError for a convolution inside that computes what folding would leave out: a bias, a forward of its own.
+
+    biased: the parts whose bias is folded.
+    """
+    for name, child in block._modules.items():
+        if name in ROLES and child is not None:
+            for part in child if isinstance(child, nn.ModuleList) else (child,):
+                _require_foldable(f"{type(block).__name__}.{name}", part, name in biased)
+
+
+def _require_foldable(name: str, part: Any, biased: bool) -> None:
+    plain = (
+        type(part).forward is nn.Conv2d.forward and type(part)._conv_forward is nn.Conv2d._conv_forward
+        if isinstance(part, nn.Conv2d)
+        else False
+    )
+    if not plain and not hasattr(type(part), "_folds_whole"):
+        raise ValueError(f"{name} is a {type(part).__name__}, which computes a forward of its own: it cannot be folded")
+    if not biased and isinstance(getattr(part, "bias", None), nn.Parameter):
+        raise ValueError(f"{name} has a bias, which the block has no place for: give it to the norm that follows")
+
+
 def _pair(value: Any) -> Any:
     if isinstance(value, str):
         return value
@@ -211,7 +245,9 @@ def _fits(part: Part, g: Geometry) -> bool:
     if role == "padded":
         return own in (_ZERO, g.pad)
     if role in ("row", "column"):
-        return own in (padding, (0, g.pad[1]) if role == "row" else (g.pad[0], 0))
+        # As walks over all convolutions write it, axis by axis or by the height of the kernel.
+        by_height = (module.kernel_size[0] // 2 * g.dilation[0],) * 2
+        return own in (padding, (0, g.pad[1]) if role == "row" else (g.pad[0], 0), by_height)
     return own == padding or (role in ("factor", "last") and own in (_ONE, g.dilation))
 
 

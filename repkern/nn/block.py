@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from repkern.nn.agreement import ROLES, agreed, disagrees, expected, push, rewritten
+from repkern.nn.agreement import ROLES, agreed, disagrees, expected, push, require_foldable, rewritten
 from repkern.nn.branch_weight import named_as_now
 from repkern.nn.fold import KernelBias
 from repkern.nn.geometry import Geometry, same_padding
@@ -62,6 +62,10 @@ class RepBlock(nn.Module):
 
     #: Whether the block ends in a norm of its own (so one that follows it in the user's net is a second one).
     has_norm: bool = True
+    #: A convolution inside a block may be of this class: it is folded with all it computes.
+    _folds_whole = True
+    #: The convolutions inside whose bias is folded.
+    _biased: frozenset[str] = frozenset()
     #: Whether there are convolutions inside, which have a geometry of their own.
     _has_parts: bool = True
     #: What parameters were called in state_dicts of earlier versions -> the submodule that holds them now.
@@ -157,6 +161,8 @@ class RepBlock(nn.Module):
         The bias is zeros where the block has none. Differentiable.
         """
         self._settle()
+        if self._has_parts:
+            require_foldable(self, self._biased)
         weight, bias = self._fold()
         return weight, weight.new_zeros(self.out_channels) if bias is None else bias
 
@@ -201,6 +207,8 @@ class RepBlock(nn.Module):
         Batch norms are folded with their running statistics. The block itself is left as it is.
         """
         self._settle()
+        if self._has_parts:
+            require_foldable(self, self._biased)
         weight, bias = self._fold()
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         conv = nn.utils.skip_init(
@@ -261,6 +269,8 @@ class RepBlock(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         self._settle()
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: the input must be a tensor, got {type(x).__name__}")
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
                 f"{type(self).__name__}: the input must be [(N,) {self.in_channels}, H, W], got {tuple(x.shape)}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repkern.nn._weight_hooks import weight_in_forward
 
-__all__ = ["BranchWeight", "named_as_now", "tensor_of", "write_weight"]
+__all__ = ["BranchWeight", "named_as_now", "require_writable", "tensor_of", "write_weight"]
 
 
 class BranchWeight(nn.Module):
@@ -40,16 +40,23 @@ def tensor_of(holder: nn.Module | None) -> Any:
     return holder.weight if own is None else own
 
 
+def require_writable(*modules: nn.Module) -> None:
+    """ValueError for a module whose `weight` is computed, so that a value written to it would be lost."""
+    for module in modules:
+        if module._parameters.get("weight") is None:
+            raise ValueError(
+                f"the weight of a {type(module).__name__} inside the block is not a parameter (pruned, weight-normed "
+                "or parametrized), so it cannot be written; make that permanent first (prune.remove, "
+                "remove_weight_norm, parametrize.remove_parametrizations)"
+            )
+
+
 @torch.no_grad()
 def write_weight(module: nn.Module, value: Tensor) -> None:
-    """Give a module this `weight`. ValueError where its weight is computed, so that the value would be lost."""
-    own = module._parameters.get("weight")
-    if own is None:
-        raise ValueError(
-            f"the weight of a {type(module).__name__} inside the block is not a parameter (pruned, weight-normed or "
-            "parametrized), so it cannot be written; make that permanent first (prune.remove, remove_weight_norm, "
-            "parametrize.remove_parametrizations)"
-        )
+    """Give a module this `weight`. ValueError as `require_writable`."""
+    require_writable(module)
+    own = module._parameters["weight"]
+    assert own is not None
     own.copy_(value)
 
 
@@ -58,7 +65,10 @@ def named_as_now(state: dict[str, Any], prefix: str, block: nn.Module, aliases: 
 
     aliases: names from before -> the BranchWeight that holds the parameter now, where the two differ.
     """
-    before = {name: name for name, child in block._modules.items() if isinstance(child, BranchWeight)} | aliases
+    before = {name: name for name, child in block._modules.items() if isinstance(child, BranchWeight)}
+    # A plain convolution has a `weight` too: only beside the block's other parameters is it the one from before.
+    if any(f"{prefix}{name}" in state for name in before):
+        before |= aliases
     for old, name in before.items():
         holder, key = block._modules.get(name), f"{prefix}{name}.weight"
         given = state.get(f"{prefix}{old}")

@@ -17,11 +17,18 @@ __all__ = ["ComputedWeight", "is_written_in_place", "readable_weight"]
 
 _data: Any = Tensor.data
 _requires_grad: Any = Tensor.requires_grad
+# In place, but past the version counter by which writing is seen.
+_RESHAPING = frozenset(
+    ("transpose_", "t_", "swapdims_", "swapaxes_", "squeeze_", "unsqueeze_", "as_strided_", "set_", "resize_",
+     "resize_as_", "apply_", "map_", "map2_")
+)  # fmt: skip
 _ALONE = (Tensor.__deepcopy__, Tensor.__reduce_ex__)
 
 
 class _Owner(Protocol):
     def kernel_parameters(self) -> list[nn.Parameter]: ...
+
+    def train_kernel(self, wanted: bool) -> None: ...
 
     def write_kernel(self, weight: Tensor) -> None: ...
 
@@ -39,7 +46,7 @@ class _Link:
         self.read_at = self._owners_versions()
 
     def _owners_versions(self) -> list[int]:
-        return [parameter._version for parameter in self.owner.kernel_parameters()]
+        return [-1 if p.is_inference() else p._version for p in self.owner.kernel_parameters()]
 
     def was_written(self) -> bool:
         return self.kernel._version != self.version
@@ -61,6 +68,16 @@ class ComputedWeight(Tensor):
 
     _link: _Link
     _is_whole = False  # not a detached tensor or a view
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        # nn.Parameter(conv.weight) marks its tensor so. It is a parameter of its own from then on.
+        del self._link
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(
@@ -98,6 +115,10 @@ class _Special(NamedTuple):
 def _special(func: Any, weight: Any, args: Any) -> _Special | None:
     """What is not simply computed from the values: attributes of the parameter that it stands for."""
     link = weight._link
+    if getattr(func, "__name__", "") in _RESHAPING:
+        raise RuntimeError(
+            f"{func.__name__} cannot be done in place on the computed weight of a block; assign `.weight` instead"
+        )
     if func == _data.__get__:
         return _Special(weight.detach())
     if func == _data.__set__:
@@ -113,8 +134,7 @@ def _special(func: Any, weight: Any, args: Any) -> _Special | None:
         return _Special(any(parameter.requires_grad for parameter in link.owner.kernel_parameters()))
     if func in (_requires_grad.__set__, Tensor.requires_grad_):
         wanted = bool(args[1]) if len(args) > 1 else True
-        for parameter in link.owner.kernel_parameters():
-            parameter.requires_grad_(wanted)
+        link.owner.train_kernel(wanted)
         return _Special(weight)
     return None
 
@@ -155,6 +175,7 @@ def is_written_in_place(kernel: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or kernel.is_inference()
     )
 
 

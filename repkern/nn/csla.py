@@ -91,8 +91,15 @@ class CSLABlock(_NormedBlock):
             raise ValueError(f"{name} must be finite, got {value!r}")
         if start.dim() > 1 or start.numel() not in (1, scale.numel()):
             raise ValueError(f"{name} must be a number or [{scale.numel()}], got {tuple(start.shape)}")
-        trained = self.train_scales == "all" or (self.train_scales == "identity" and name == "identity_scale")
-        return BranchWeight(scale * start, requires_grad=trained)
+        return BranchWeight(scale * start, requires_grad=self._trains(name))
+
+    def _trains(self, name: str) -> bool:
+        return self.train_scales == "all" or (self.train_scales == "identity" and name == "identity_scale")
+
+    def _scales(self) -> dict[str, BranchWeight]:
+        """Those that are there."""
+        found = {name: self._modules[name] for name in _SCALES}
+        return {name: scale for name, scale in found.items() if isinstance(scale, BranchWeight)}
 
     @property
     def _adds_input(self) -> bool:
@@ -107,12 +114,12 @@ class CSLABlock(_NormedBlock):
         return self._summed(current_weight)
 
     def _summed(self, weight_of: Callable[[nn.Module], Tensor]) -> Tensor:
-        kernel, scale = wide(weight_of(self.dense)), wide(self.dense_scale.weight)[:, None, None, None]
+        kernel, scale = wide(weight_of(self.dense)), wide(weight_of(self.dense_scale))[:, None, None, None]
         centre: Tensor | None = None
         if self.pointwise is not None and self.pointwise_scale is not None:
-            centre = wide(weight_of(self.pointwise)) * wide(self.pointwise_scale.weight)[:, None, None, None]
+            centre = wide(weight_of(self.pointwise)) * wide(weight_of(self.pointwise_scale))[:, None, None, None]
         if self.identity_scale is not None:
-            blocks = torch.diag_embed(wide(self.identity_scale.weight).unflatten(0, (self.groups, -1)))
+            blocks = torch.diag_embed(wide(weight_of(self.identity_scale)).unflatten(0, (self.groups, -1)))
             diagonal = blocks.flatten(0, 1)[:, :, None, None]
             centre = diagonal if centre is None else centre + diagonal
         if centre is None:
@@ -130,8 +137,8 @@ class CSLABlock(_NormedBlock):
         return self._conv(x, self._forward_kernel(), None)
 
     def _set_kernel(self, weight: Tensor) -> None:
-        scale = self.dense_scale.weight.double()
-        if not scale.all():
+        scale = current_weight(self.dense_scale).double()
+        if scale.device.type != "meta" and not scale.all():
             raise ValueError("`dense_scale` is 0 for a channel, so no kernel behind it gives the wanted one")
         rest = self._wide_kernel().double() - current_weight(self.dense).double() * scale[:, None, None, None]
         write_weight(self.dense, (weight.double() - rest) / scale[:, None, None, None])

@@ -68,6 +68,13 @@ class CSLAConv2d(KernelConv2d, CSLABlock):  # type: ignore[misc]
             bound = 1 / math.sqrt(self.dense.weight[0].numel())
             nn.init.uniform_(own, -bound, bound)
 
+    def train_kernel(self, wanted: bool = True) -> None:
+        """As for any; scales that `train_scales` keeps constant stay so."""
+        constant = [s for name, s in self._scales().items() if not self._trains(name)]
+        super().train_kernel(wanted)
+        for scale in constant:
+            scale.weight.requires_grad_(False)
+
     def kernel(self) -> Tensor:
         """[Co, Ci/g, K, K], with a gradient to every kernel and trained scale."""
         return self.summed_kernel()

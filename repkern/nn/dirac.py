@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repkern.nn.branch_weight import BranchWeight, tensor_of, write_weight
+from repkern.nn.branch_weight import BranchWeight, require_writable, tensor_of, write_weight
 from repkern.nn.geometry import Pair, check_dtype, check_geometry
 from repkern.nn.kernel_conv import KernelConv2d
 
@@ -22,8 +23,6 @@ class IdentityKernelConv2d(KernelConv2d):
     `kernel` and `_solve`. Arguments and attributes as nn.Conv2d; no norm inside. `weight` is the kernel, and may be
     written: see `KernelConv2d`. Parameter: bias [Co] or None.
     """
-
-    _earlier_names = {"weight": "deviation"}  # noqa: RUF012
 
     deviation: BranchWeight
     identity: Tensor
@@ -57,6 +56,13 @@ class IdentityKernelConv2d(KernelConv2d):
     def _register_scales(self, like: Tensor) -> None:
         """Parameters of the shape [Co] of `like`, where there are any."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IdentityKernelConv2d:
+        before = self.identity.device.type
+        super()._apply(fn, recurse)
+        if before == "meta" != self.identity.device.type:  # to_empty: a constant that no state_dict brings back
+            nn.init.dirac_(self.identity, self.groups)
+        return self
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial values of nn.Conv2d, and the identity."""
@@ -76,6 +82,8 @@ class DiracConv2d(IdentityKernelConv2d):
     Input [N, Ci, H, W] or [Ci, H, W]; ValueError for another, and for arguments that cannot be a block.
     """
 
+    _earlier_names = {"weight": "deviation"}  # noqa: RUF012
+
     def _register_scales(self, like: Tensor) -> None:
         self.identity_scale = BranchWeight(torch.empty_like(like))
         self.scale = BranchWeight(torch.empty_like(like))
@@ -93,12 +101,13 @@ class DiracConv2d(IdentityKernelConv2d):
         own = tensor_of(self.deviation)
         wide = torch.promote_types(own.dtype, torch.float32)
         direction = functional.normalize(own.to(wide).flatten(1)).view_as(own)
-        scaled = self.scale.weight.to(wide)[:, None, None, None] * direction
-        return (self.identity_scale.weight.to(wide)[:, None, None, None] * self.identity + scaled).to(own.dtype)
+        scaled = tensor_of(self.scale).to(wide)[:, None, None, None] * direction
+        return (tensor_of(self.identity_scale).to(wide)[:, None, None, None] * self.identity + scaled).to(own.dtype)
 
     def _solve(self, weight: Tensor) -> None:
-        rest = weight - self.identity_scale.weight.double()[:, None, None, None] * self.identity
+        rest = weight - tensor_of(self.identity_scale).double()[:, None, None, None] * self.identity
         length = rest.flatten(1).norm(dim=1)
-        write_weight(self.scale, length)
-        before = self.deviation.weight.double()
+        require_writable(self.deviation, self.scale)  # before either is
+        before = tensor_of(self.deviation).double()
         write_weight(self.deviation, torch.where(length[:, None, None, None] > 0, rest, before))
+        write_weight(self.scale, length)

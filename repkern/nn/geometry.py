@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Geometry", "Pair", "check_dtype", "check_geometry", "same_padding"]
+__all__ = ["Geometry", "Pair", "check_count", "check_dtype", "check_geometry", "same_padding"]
 
 Pair = int | tuple[int, int]
 # Far beyond any image, and sums and products of two still fit 64 bits.
@@ -81,6 +81,14 @@ def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, in
 def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
     """The padding that keeps the size at stride 1: what an odd kernel sees to either side of its centre."""
     return dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2)
+
+
+def check_count(name: str, value: int) -> int:
+    """A number of channels or the like. ValueError or TypeError, naming it, for another."""
+    count = _integer(name, value)
+    if not 1 <= count <= _LARGEST:
+        raise ValueError(f"{name} must be at least 1 and at most {_LARGEST}, got {value}")
+    return count
 
 
 def check_geometry(

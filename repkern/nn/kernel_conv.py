@@ -57,6 +57,11 @@ class KernelConv2d(RepBlock, nn.Conv2d):  # type: ignore[misc]
         """The parameters behind the kernel: all but the bias."""
         return [parameter for parameter in self.parameters() if parameter is not self.bias]
 
+    def train_kernel(self, wanted: bool = True) -> None:
+        """Whether the parameters behind the kernel require gradients: what `weight.requires_grad_()` does."""
+        for parameter in self.kernel_parameters():
+            parameter.requires_grad_(wanted)
+
     @property
     def trains_kernel(self) -> bool:
         """Whether any parameter behind the kernel requires a gradient."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repkern.nn.branch_weight import BranchWeight, tensor_of, write_weight
 from repkern.nn.fold import KernelBias, dct_kernel, identity_kernel
-from repkern.nn.geometry import Pair, check_dtype, check_geometry
+from repkern.nn.geometry import Pair, check_count, check_dtype, check_geometry
 from repkern.nn.kernel_conv import KernelConv2d
 from repkern.ops import SqueezeBranches, orepa_squeeze_many
 from repkern.ops.orepa_squeeze.layers import BRANCH_NAMES
@@ -39,6 +39,8 @@ class GroupedKernel(NamedTuple):
 
 
 def _is_channels_last(x: Tensor) -> bool:
+    if torch._C._are_functorch_transforms_active():  # where formats cannot be asked for
+        return False
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -113,8 +115,7 @@ class OREPAConv2d(KernelConv2d):
         )
         if scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
-        if expansion < 1:
-            raise ValueError(f"expansion must be at least 1, got {expansion}")
+        expansion = check_count("expansion", expansion)
         self.scaling = scaling
         self.expansion = expansion
         self.branches = _check_branches(branches, self.kernel_size[0])
@@ -134,7 +135,8 @@ class OREPAConv2d(KernelConv2d):
             if self.kernel_size[0] == 1:
                 return min(self.in_channels, self.out_channels)
             return self.in_channels if self.groups <= 4 else 2 * self.in_channels
-        if internal_channels < 1 or internal_channels % self.groups:
+        internal_channels = check_count("internal_channels", internal_channels)
+        if internal_channels % self.groups:
             raise ValueError(
                 f"internal_channels (={internal_channels}) must be a positive multiple of groups (={self.groups})"
             )
@@ -320,7 +322,7 @@ class OREPAConv2d(KernelConv2d):
         assert layer.origin is not None
         origin = weight - orepa_squeeze_many([layer._replace(origin=torch.zeros_like(layer.origin))])[0]
         if layer.scale is not None:
-            if not layer.scale[0].all():
+            if layer.scale.device.type != "meta" and not layer.scale[0].all():
                 raise ValueError("the scale of `origin` is 0, so no origin gives the wanted kernel")
             origin = origin / layer.scale[0][:, None, None, None]
         write_weight(self.origin, origin)
@@ -343,6 +345,9 @@ class OREPAConv2d(KernelConv2d):
         moved = self.prior_filter
         assert moved is not None
         wide = torch.promote_types(self.dtype, torch.float32)
+        if before.device.type == "meta" != moved.device.type:  # to_empty: constants that no state_dict brings back
+            self._reset_prior_filter()
+            return
         if "prior_filter" in self._non_persistent_buffers_set:
             if moved.dtype != before.dtype or moved.dtype != wide:
                 self._reset_prior_filter()

@@ -63,6 +63,7 @@ class SevenBranchBlock(NormedSumBlock):
     vertical: Any
     vertical_bn: nn.Module | None
 
+    _biased = frozenset(("dense", "pointwise"))
     #: Whether the KxK convolution has a bias.
     _dense_bias = False
     #: Whether `reduce` holds the deviation from an identity.
