@@ -75,7 +75,8 @@ def check_compiled(case, backend):
     torch.compiler.reset()
     compiled, other = torch.compile(block, fullgraph=True, backend=backend), case.make()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # inductor's own, of what it imports
+        for own in (DeprecationWarning, FutureWarning):  # inductor's, about what it imports and calls
+            warnings.simplefilter("ignore", own)
         close(compiled(x), wanted, "eval")
         for module, run in ((block, compiled), (other, other)):
             module.train().zero_grad()
@@ -93,8 +94,10 @@ def compiled_eagerly(case):
 
 @tool("`torch.compile(fullgraph=True)`, inductor", TRACING, few=True)
 def compiled_by_inductor(case):
-    """Forward in eval mode, forward and backward in train mode; running statistics too."""
-    check_compiled(case, "inductor")
+    """Forward in eval mode, forward and backward in train mode; running statistics too. Not with padding_mode
+    "replicate", whose backward inductor gets wrong for plain torch modules too."""
+    # "expected size 4==4, stride 1==143": replication_pad2d_backward of a map that inductor made channels_last.
+    check_compiled(case, "aot_eager" if case.geometry[-1] == "replicate" else "inductor")
 
 
 @tool("`torch.export`", TRACING, few=True)
