@@ -38,6 +38,16 @@ def _integer(name: str, value: int) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
+def check_count(name: str, value: int) -> int:
+    """A number of channels or the like. ValueError or TypeError, naming it, for another."""
+    count = _integer(name, value)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    if count > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
+    return count
+
+
 def _pair(name: str, value: Pair, lowest: int) -> tuple[int, int]:
     items = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(items) == 1:
@@ -66,12 +76,7 @@ def _odd_square(kernel_size: Pair) -> tuple[int, int]:
 
 def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
     counts = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
-    checked = [_integer(name, value) for name, value in counts.items()]
-    for name, value in zip(counts, checked, strict=True):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-        if value > _LARGEST:
-            raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
+    checked = [check_count(name, value) for name, value in counts.items()]
     for name, value in zip(("in_channels", "out_channels"), checked, strict=False):
         if value % checked[2]:
             raise ValueError(f"{name} (={value}) must be divisible by groups (={checked[2]})")
@@ -81,14 +86,6 @@ def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, in
 def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
     """The padding that keeps the size at stride 1: what an odd kernel sees to either side of its centre."""
     return dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2)
-
-
-def check_count(name: str, value: int) -> int:
-    """A number of channels or the like. ValueError or TypeError, naming it, for another."""
-    count = _integer(name, value)
-    if not 1 <= count <= _LARGEST:
-        raise ValueError(f"{name} must be at least 1 and at most {_LARGEST}, got {value}")
-    return count
 
 
 def check_geometry(
