@@ -123,7 +123,10 @@ def check_call(name: str, before: tuple[Any, ...], outputs: list[Tensor]) -> Non
 def changed(op: Any, args: tuple[Any, ...]) -> list[Tensor]:
     """The tensors that an optimizer step changed, in the order of its bounds; step counts are not rounded."""
     names = [a.name for a in op.overload._schema.arguments]
-    return [t for at in op.mutates if names[at] != "steps" for t in args[at]]
+    idle = {"steps"}
+    if "amsgrad" in names and not args[names.index("amsgrad")]:
+        idle |= {name for name in names if name.startswith("max_")}  # given, and neither read nor written
+    return [t for at in op.mutates if names[at] not in idle for t in args[at]]
 
 
 def _tensors(args: Any) -> list[Tensor]:
