@@ -1,0 +1,1 @@
+"""Images for training: data sets, reading, augmentation, and batches by counter."""
