@@ -18,6 +18,7 @@ LAYERS = (
     "models",
     "optim",
     "search",
+    "data",
     "train",
     "deploy",
     "viz",
