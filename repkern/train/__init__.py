@@ -1,15 +1,26 @@
-"""Training: one engine, its data, settings, checkpoints and schedules."""
+"""Training: one engine for every way of training, its recipes, checkpoints and schedules."""
 
-from repkern.train.checkpoint import CheckpointError, CheckpointFolder
-from repkern.train.config import TrainConfig
-from repkern.train.engine import Callback, Interrupted, Trainer, TrainingDivergedError
+from repkern.train.callbacks import Callback, StructureChanged
+from repkern.train.checkpoint import CheckpointError, CheckpointFolder, DamagedCheckpointError
+from repkern.train.distributed import DistributedError, Runtime
+from repkern.train.recipe import Recipe, TrainingRecipe
+from repkern.train.task import Classification, Result, Task
+from repkern.train.trainer import Interrupted, Trainer, TrainingDivergedError
 
 __all__ = [
     "Callback",
     "CheckpointError",
     "CheckpointFolder",
+    "Classification",
+    "DamagedCheckpointError",
+    "DistributedError",
     "Interrupted",
-    "TrainConfig",
+    "Recipe",
+    "Result",
+    "Runtime",
+    "StructureChanged",
+    "Task",
     "Trainer",
     "TrainingDivergedError",
+    "TrainingRecipe",
 ]

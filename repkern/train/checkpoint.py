@@ -1,108 +1,194 @@
 """Checkpoints of a training run: written whole or not at all, verified before anything is loaded from them.
 
-One folder per checkpoint: `weights.safetensors` (the model), `state.pt` (tensors and numbers only, read without
-unpickling code) and `manifest.json` with the sizes and SHA-256 sums of both.
+One folder per checkpoint, named by its step: `structure.json` (in what the network differs from the one the run began
+with), `weights.safetensors`, `average.safetensors` (with a moving average), `state.pt` (tensors and numbers only, read
+without unpickling code), and last `manifest.json` with the sizes and SHA-256 sums of the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from repkern.models.files import explained, parse_json
 from repkern.train.files import flush_folder
 
-__all__ = ["CheckpointError", "CheckpointFolder"]
+__all__ = ["Checkpoint", "CheckpointError", "CheckpointFolder", "DamagedCheckpointError"]
 
 _FORMAT = "repkern.checkpoint"
-_VERSION = 1
-_FILES = ("weights.safetensors", "state.pt")
+_VERSION = 2
+_NEEDED = ("structure.json", "weights.safetensors", "state.pt")
+_AVERAGE = "average.safetensors"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, incomplete, foreign, or belongs to another model. Nothing was changed."""
+    """A checkpoint is damaged, incomplete, foreign, or belongs to another model or recipe. Nothing was loaded."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """The files of a checkpoint are not what was written; an earlier one may be whole."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one folder holds. notes: JSON values of the manifest (epoch, metric)."""
+
+    structure: dict[str, Any]
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
+    state: dict[str, Any]
+    notes: Mapping[str, Any]
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, `epoch_0001` and so on. The newest `keep` are kept."""
+    """The checkpoints of one run, `step_00000042` and so on.
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    keep: so many of the newest stay; keep_every: and those at the end of every so many epochs, 0 for none; best: and
+    the one whose notes have the highest "metric".
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, keep_every: int = 0, best: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder = folder
-        self._keep = keep
+        self._keep, self._keep_every, self._best = keep, keep_every, best
 
-    def epochs(self) -> list[int]:
-        """The epochs with a checkpoint, oldest first."""
-        names = [path.name.removeprefix("epoch_") for path in self.folder.glob("epoch_*") if path.is_dir()]
+    def steps(self) -> list[int]:
+        """The steps with a checkpoint, oldest first."""
+        names = [path.name.removeprefix("step_") for path in self.folder.glob("step_*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdigit())
 
-    def path(self, epoch: int) -> Path:
-        """Where the checkpoint of `epoch` is or would be."""
-        return self.folder / f"epoch_{epoch:04d}"
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is or would be."""
+        return self.folder / f"step_{step:08d}"
 
-    def save(self, epoch: int, model: nn.Module, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `epoch`, then delete those beyond the newest `keep`.
+    def tidy(self) -> None:
+        """Remove what a killed process left half done. Call it only while no other process writes here."""
+        for old in self.folder.glob(".step_*.old"):
+            place = self.folder / old.name[1:].split(".")[0]
+            if not place.exists():
+                old.rename(place)
+        for rest in [*self.folder.glob(".step_*.tmp"), *self.folder.glob(".step_*.old")]:
+            shutil.rmtree(rest, ignore_errors=True)
+
+    def save(self, step: int, checkpoint: Checkpoint) -> Path:
+        """Write the checkpoint of `step`, then delete those that are not to be kept. Returns its folder.
 
         OSError with the path and what to do when it cannot be written; those that are there stay.
         """
-        with explained(self.path(epoch)):
-            self._save(epoch, model, state)
-        for old in self.epochs()[: -self._keep]:
-            shutil.rmtree(self.path(old))
+        with explained(self.path(step)):
+            self._save(step, checkpoint)
+        for old in self._expendable():
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        return self.path(step)
 
-    def _save(self, epoch: int, model: nn.Module, state: dict[str, Any]) -> None:
+    def _save(self, step: int, checkpoint: Checkpoint) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".epoch_{epoch:04d}.{os.getpid()}.tmp"
+        temporary = self.folder / f".step_{step:08d}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            save_model(model, str(temporary / "weights.safetensors"), metadata={"epoch": str(epoch)})
-            torch.save(state, temporary / "state.pt")
-            for name in _FILES:
-                _flush(temporary / name)
-            manifest = {"format": _FORMAT, "version": _VERSION, "epoch": epoch, "torch": torch.__version__}
-            manifest["files"] = {name: _fingerprint(temporary / name) for name in _FILES}
+            files = _write(temporary, checkpoint)
+            manifest = {"format": _FORMAT, "version": _VERSION, "step": step, "torch": torch.__version__}
+            manifest["notes"] = dict(checkpoint.notes)
+            manifest["files"] = {name: _fingerprint(temporary / name) for name in files}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             _flush(temporary / "manifest.json")
-            # Left over when an earlier attempt went further than its metrics: the same epoch is computed again.
-            before = temporary.with_suffix(".old")
-            if self.path(epoch).exists():
-                self.path(epoch).rename(before)
-            try:
-                temporary.rename(self.path(epoch))
-            except OSError:
-                if before.exists():
-                    before.rename(self.path(epoch))
-                raise
-            shutil.rmtree(before, ignore_errors=True)
+            self._replace(step, temporary)
             flush_folder(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def load(self, epoch: int, model: nn.Module) -> dict[str, Any]:
-        """Put the weights into `model` and return the state. Raises CheckpointError before touching the model."""
-        folder = self.path(epoch)
-        _verify(folder)
+    def _replace(self, step: int, new: Path) -> None:
+        """Put `new` in place; `tidy` undoes it when the process dies between the two renames."""
+        before = new.with_suffix(".old")
+        if self.path(step).exists():
+            self.path(step).rename(before)
         try:
+            new.rename(self.path(step))
+        except OSError:
+            if before.exists():
+                before.rename(self.path(step))
+            raise
+        shutil.rmtree(before, ignore_errors=True)
+
+    def _expendable(self) -> list[int]:
+        steps = self.steps()
+        notes = {step: self._notes(step) for step in steps}
+        kept = set(steps[-self._keep :])
+        ended = {step: note["epoch"] for step, note in notes.items() if type(note.get("epoch")) is int}
+        if self._keep_every:
+            kept |= {step for step, epoch in ended.items() if epoch % self._keep_every == 0}
+        if self._best:
+            kept |= {step for step in (self.best(),) if step is not None}
+        return [step for step in steps if step not in kept]
+
+    def best(self) -> int | None:
+        """The step with the highest metric in its notes, the earliest of equals; None when no checkpoint has one."""
+        metrics = {step: self._notes(step).get("metric") for step in self.steps()}
+        known = {step: metric for step, metric in metrics.items() if isinstance(metric, int | float)}
+        return max(known, key=lambda step: (known[step], -step)) if known else None
+
+    def _notes(self, step: int) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            notes = parse_json((self.path(step) / "manifest.json").read_text(encoding="utf-8"))["notes"]
+            return notes if isinstance(notes, dict) else {}
+        return {}
+
+    def load(self, step: int) -> Checkpoint:
+        """Read and verify the checkpoint of `step`.
+
+        DamagedCheckpointError for one that is not as it was written, CheckpointError for one of another version.
+        """
+        folder = self.path(step)
+        notes, names = _verify(folder)
+        try:
+            structure = parse_json((folder / "structure.json").read_text(encoding="utf-8"))
+            weights = load_file(str(folder / "weights.safetensors"))
+            average = load_file(str(folder / _AVERAGE)) if _AVERAGE in names else None
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load has no common type for what can be wrong with a file
-            raise CheckpointError(f"{folder / 'state.pt'} cannot be read: {error}") from error
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        try:
-            load_model(model, str(folder / "weights.safetensors"), strict=True)
-        except Exception as error:
-            model.load_state_dict(before)
-            raise CheckpointError(f"{folder} does not fit this model: {error}") from error
-        return state
+        except Exception as error:  # the readers have no common type for what can be wrong with a file
+            raise DamagedCheckpointError(f"{folder} cannot be read: {error}") from error
+        return Checkpoint(structure, weights, average, state, notes)
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """Write and flush the files; returns their names."""
+    (folder / "structure.json").write_text(json.dumps(checkpoint.structure, indent=2) + "\n", encoding="utf-8")
+    save_file(_separate(checkpoint.weights), str(folder / "weights.safetensors"))
+    torch.save(checkpoint.state, folder / "state.pt")
+    names = list(_NEEDED)
+    if checkpoint.average is not None:
+        save_file(_separate(checkpoint.average), str(folder / _AVERAGE))
+        names.append(_AVERAGE)
+    for name in names:
+        _flush(folder / name)
+    return names
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no two in one storage: what safetensors takes."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        if place in seen or own.numel() * own.element_size() != own.untyped_storage().nbytes():
+            own = own.clone()
+        seen.add(place)
+        separate[name] = own
+    return separate
 
 
 def _flush(path: Path) -> None:
@@ -112,33 +198,46 @@ def _flush(path: Path) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _verify(folder: Path) -> None:
-    """CheckpointError unless `folder` holds a checkpoint of ours, byte for byte as it was written."""
+def _digest(file: Any) -> Any:
+    """hashlib.file_digest for Python 3.10."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest
+
+
+def _verify(folder: Path) -> tuple[dict[str, Any], set[str]]:
+    """(notes, names of files); an error unless `folder` holds a checkpoint of ours, byte for byte as it was written."""
     path = folder / "manifest.json"
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
-        kind, version, files = manifest["format"], manifest["version"], manifest["files"]
-        wanted = {name: (files[name]["bytes"], files[name]["sha256"]) for name in _FILES}
+        kind, version, files, notes = (manifest[key] for key in ("format", "version", "files", "notes"))
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no checkpoint of repkern: it has no manifest.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or not from repkern: {error!r}") from None
+        raise DamagedCheckpointError(f"{folder} is not a checkpoint of repkern: it has no manifest.json") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged or not from repkern: {error!r}") from None
     if kind != _FORMAT or version != _VERSION:
         raise CheckpointError(
             f"{path} has format {kind!r} version {version}, this reads {_FORMAT!r} version {_VERSION}"
         )
-    for name, (size, digest) in wanted.items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        found = _fingerprint(file)
-        if found["bytes"] != size:
-            raise CheckpointError(f"{file} is damaged: {found['bytes']} bytes, {size} were written")
-        if found["sha256"] != digest:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 sum is not the one that was written")
+    missing = [name for name in _NEEDED if name not in wanted]
+    if missing:
+        raise DamagedCheckpointError(f"{path} is damaged: it does not name {', '.join(missing)}")
+    for name in (*_NEEDED, *([_AVERAGE] if _AVERAGE in wanted else [])):
+        _compare(folder / name, *wanted[name])
+    return notes if isinstance(notes, dict) else {}, set(wanted)
+
+
+def _compare(file: Path, size: Any, digest: Any) -> None:
+    if not file.is_file():
+        raise DamagedCheckpointError(f"{file} is missing")
+    found = _fingerprint(file)
+    if found["bytes"] != size:
+        raise DamagedCheckpointError(f"{file} is damaged: {found['bytes']} bytes, {size} were written")
+    if found["sha256"] != digest:
+        raise DamagedCheckpointError(f"{file} is damaged: its SHA-256 sum is not the one that was written")

@@ -42,7 +42,6 @@ class ModelRecipe(Section):
     checkpoint: str = Field("", description="weights to start from; a last layer of other classes is left out")
     replace: ReplaceRecipe | None = Field(None, description="convolutions to replace by blocks")
     freeze: tuple[str, ...] = Field((), description="names of parameters that are not trained, with wildcards")
-    frozen_norms: bool = Field(False, description="norms keep the statistics they have")
     sync_norm: bool = Field(False, description="norms share their statistics over all processes")
     dtype: Literal["float32", "float64"] = "float32"
 
@@ -79,9 +78,7 @@ class LossRecipe(Section):
     """What is minimized."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    custom_l2: float = Field(
-        0.0, ge=0, description="RepVGG's L2 on the equivalent kernels; decay of its blocks is then 0"
-    )
+    custom_l2: bool = Field(False, description="decay the equivalent kernels of RepVGG's blocks, not each branch's")
     auxiliary: float = Field(0.0, ge=0, description="weight of further heads, for networks that have them")
 
 
@@ -122,6 +119,7 @@ class RunRecipe(Section):
     clip_norm: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 for any")
     clip_value: float = Field(0.0, ge=0, description="largest element of the gradient; 0 for any")
     max_bad_steps: int = Field(10, ge=1, description="steps in a row with a loss that is not finite before it ends")
+    frozen_norms: bool = Field(False, description="norms keep the statistics they have")
     eval_every: int = Field(1, ge=1, description="epochs between tests; the last is always tested")
 
 

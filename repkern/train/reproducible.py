@@ -49,12 +49,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def deterministic(threads: int | None = None) -> Iterator[None]:
+def deterministic(threads: int | None = None, *, algorithms: bool = True) -> Iterator[None]:
     """Deterministic algorithms inside the block, on `threads` CPU threads if given; an op that has none raises.
 
+    algorithms: False to set the threads alone.
     cuBLAS is only deterministic with CUBLAS_WORKSPACE_CONFIG, which is set when it is not yet and stays set.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if algorithms:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -62,10 +64,11 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
         torch.backends.cudnn.benchmark,
         torch.get_num_threads(),
     )
-    torch.use_deterministic_algorithms(True)
+    if algorithms:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     # Filling every fresh tensor guards against reads of unwritten memory; our tests do that, users need not pay.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
     if threads is not None:
         torch.set_num_threads(threads)
     try:
