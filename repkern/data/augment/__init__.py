@@ -4,7 +4,12 @@ from repkern.data.augment.affine import Affine
 from repkern.data.augment.crop import Crop
 from repkern.data.augment.erasing import Cutout, Erasing
 from repkern.data.augment.flip import Flip
+from repkern.data.augment.jitter import Grayscale, Jitter, Lighting
 from repkern.data.augment.mix import Mix
 from repkern.data.augment.pipeline import Step, build
+from repkern.data.augment.policies import AutoAugment, RandAugment, TrivialAugment
 
-__all__ = ["Affine", "Crop", "Cutout", "Erasing", "Flip", "Mix", "Step", "build"]
+__all__ = [
+    "Affine", "AutoAugment", "Crop", "Cutout", "Erasing", "Flip", "Grayscale", "Jitter", "Lighting", "Mix",
+    "RandAugment", "Step", "TrivialAugment", "build",
+]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -15,6 +16,7 @@ from repkern.data.section import Section
 __all__ = ["Cutout", "Erasing", "box_mask"]
 
 _ATTEMPTS = 10
+_KEYS = 4  # draws that a generator of noise is keyed by
 Box = tuple[int, int, int, int]  # top, bottom, left, right; the ends are not in it
 
 
@@ -53,13 +55,17 @@ class Erasing(Section):
     def __call__(self, images: Tensor, draws: UniformDraws) -> Tensor:
         """Images [N, C, H, W] of any C, floating, to the same shape."""
         check_images(images)
-        chosen = draw(images, draws, "erasing/apply")[:, 0] < self.probability
+        apply = draw(images, draws, "erasing/apply")[:, 0] < self.probability
         shapes = draw(images, draws, "erasing/shape", 2 * _ATTEMPTS).tolist()
         places = draw(images, draws, "erasing/place", 2).tolist()
-        height, width = images.shape[2:]
-        boxes = [self._box(shape, place, height, width) for shape, place in zip(shapes, places, strict=True)]
-        inside = box_mask(boxes, images) & column(chosen, images)
-        return torch.where(inside, self._paint(images, draws), images)
+        fills = draw(images, draws, "erasing/fill", max(_KEYS, images.shape[1]))
+        result = images.clone()
+        for index in apply.nonzero().flatten().tolist():
+            top, bottom, left, right = self._box(shapes[index], places[index], images.shape[2], images.shape[3])
+            box = result[index, :, top:bottom, left:right]
+            if box.numel():
+                box.copy_(self._paint(fills[index], box))
+        return result
 
     def _box(self, shape: list[float], place: list[float], height: int, width: int) -> Box:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -72,12 +78,17 @@ class Erasing(Section):
                 return top, top + tall, left, left + wide
         return 0, 0, 0, 0
 
-    def _paint(self, images: Tensor, draws: UniformDraws) -> Tensor:
+    def _paint(self, drawn: Tensor, box: Tensor) -> Tensor:
         if self.fill == "value":
-            return torch.full((), self.value, dtype=images.dtype, device=images.device)
-        shape = list(images.shape[1:]) if self.fill == "noise" else [images.shape[1], 1, 1]
-        values = draw(images, draws, "erasing/fill", math.prod(shape))
-        return values.to(images.device, images.dtype).reshape(-1, *shape)
+            return torch.tensor(self.value)
+        return _noise(drawn[:_KEYS], box) if self.fill == "noise" else drawn[: len(box), None, None]
+
+
+def _noise(key: Tensor, box: Tensor) -> Tensor:
+    """Uniform numbers for a box, from a generator keyed by draws: thousands of draws an image would cost too much."""
+    number = sum(int(value * 2**24) << (24 * place) for place, value in enumerate(key.tolist()))
+    words = numpy.random.Philox(key=number).random_raw(box.numel()) >> numpy.uint64(40)
+    return torch.from_numpy(words.astype(numpy.float32) * numpy.float32(2**-24)).reshape(box.shape)
 
 
 class Cutout(Section):

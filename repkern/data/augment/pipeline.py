@@ -14,10 +14,25 @@ from repkern.data.augment.affine import Affine
 from repkern.data.augment.crop import Crop
 from repkern.data.augment.erasing import Cutout, Erasing
 from repkern.data.augment.flip import Flip
+from repkern.data.augment.jitter import Grayscale, Jitter, Lighting
+from repkern.data.augment.policies import AutoAugment, RandAugment, TrivialAugment
 
 __all__ = ["Step", "build"]
 
-Step = Annotated[Flip | Crop | Affine | Erasing | Cutout, Field(discriminator="name")]
+Step = Annotated[
+    Flip
+    | Crop
+    | Affine
+    | Erasing
+    | Cutout
+    | Jitter
+    | Lighting
+    | Grayscale
+    | RandAugment
+    | AutoAugment
+    | TrivialAugment,
+    Field(discriminator="name"),
+]
 
 
 class _Again:
