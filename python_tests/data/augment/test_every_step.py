@@ -129,6 +129,20 @@ def test_wrong_images_are_errors(name):
         step(torch.zeros(3, 3, 8, 8), draws)
 
 
+@pytest.mark.parametrize("name", sorted(NEED_COLORS))
+@pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
+def test_values_outside_of_0_to_1_are_errors_where_colors_count(name, value):
+    images = images_of(2)
+    images[1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match=r"images must be in \[0, 1\] here, before they are normalized, got"):
+        step_of(name)(images, Draws(0, 0, torch.arange(2)))
+
+
+def test_what_is_no_step_is_an_error():
+    with pytest.raises(TypeError, match=r"steps must be sections.*'flip'"):
+        augment.build([augment.Flip(), {"name": "flip"}])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -142,6 +156,12 @@ def test_wrong_images_are_errors(name):
         {"name": "erasing", "area": (0.5, 0.1)},
         {"name": "erasing", "ratio": (0.0, 1.0)},
         {"name": "cutout", "size": 0},
+        {"name": "jitter", "hue": 0.6},
+        {"name": "lighting", "deviation": -1},
+        {"name": "randaugment", "magnitude": 31},
+        {"name": "randaugment", "space": "torchvision"},
+        {"name": "autoaugment", "policy": "svhn"},
+        {"name": "trivialaugment", "fill": 128},
         {"horizontal": 0.5},
     ],
 )

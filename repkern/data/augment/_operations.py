@@ -69,7 +69,8 @@ def apply_operations(images: Tensor, chosen: Sequence[Operation], *, fill: float
 def _warped(images: Tensor, operations: Sequence[Operation], fill: float, nearest: bool) -> Tensor:
     height, width = images.shape[2:]
     rows = [_WARPS[operation.name](operation.argument, height, width) for operation in operations]
-    return warp(images, torch.tensor(rows, dtype=torch.float32), fill=fill, nearest=nearest)
+    moved = warp(images, torch.tensor(rows, dtype=torch.float32), fill=fill, nearest=nearest)
+    return moved.clamp(0, 1)  # the four weights of a pixel may round to more than 1
 
 
 def _cut(images: Tensor, operations: Sequence[Operation], fill: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["UniformDraws", "between", "check_images", "column", "draw", "integers", "normals", "signs", "stream_number"]
 
 _STREAMS = 2**32 - 1
+_ROUNDING = 1e-3  # interpolation may reach a little beyond
 
 
 class UniformDraws(Protocol):
@@ -31,14 +32,22 @@ def stream_number(purpose: str) -> int:
 
 
 def check_images(images: Tensor, *, colors: bool = False) -> None:
-    """Images are [N, C, H, W] floating; with `colors`, C is 1 or 3. TypeError and ValueError otherwise."""
+    """Images are [N, C, H, W] floating; with `colors`, C is 1 or 3 and values are in [0, 1]. Errors otherwise.
+
+    TypeError for what is no floating-point tensor, ValueError for the rest.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images must be a floating-point tensor with values in [0, 1], got {got}")
     if images.dim() != 4 or 0 in images.shape[1:]:
         raise ValueError(f"images must be [N, C, H, W], got shape {list(images.shape)}")
-    if colors and images.shape[1] not in (1, 3):
+    if not colors:
+        return
+    if images.shape[1] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels here, got {images.shape[1]}")
+    low, high = (float(value) for value in images.aminmax()) if len(images) else (0.0, 1.0)
+    if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
+        raise ValueError(f"images must be in [0, 1] here, before they are normalized, got {low:g} to {high:g}")
 
 
 def draw(images: Tensor, draws: UniformDraws, purpose: str, count: int = 1) -> Tensor:

@@ -51,11 +51,14 @@ def build(steps: Sequence[Step]) -> Callable[[Tensor, UniformDraws], Tensor]:
 
     A step draws from streams of its own, which depend on its name and on how many of that name come before: another
     step, wherever it is put in, changes no one else's draws. The result of a sample depends on nothing but the sample
-    and its draws, to the bit: neither on the rest of its batch nor on the number of threads.
+    and its draws, to the bit: neither on the rest of its batch nor on the number of threads. TypeError for what is no
+    step.
     """
     before: Counter[str] = Counter()
     numbered = []
     for step in steps:
+        if not callable(step) or not hasattr(step, "name"):
+            raise TypeError(f"steps must be sections such as Flip(), got {step!r}")
         numbered.append((step, before[step.name]))
         before[step.name] += 1
 
