@@ -1,14 +1,17 @@
 """What holds for every augmentation: same bits in every batch and with any threads, shapes, dtypes, bad input."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from repkern.data import augment
+from repkern.data.augment._sampling import stream_number
 from repkern.data.draws import Draws
 
 STEPS = TypeAdapter(list[augment.Step])
@@ -186,6 +189,18 @@ def test_a_further_step_changes_no_other_draws():
     assert augment.build([])(images, draws) is images
 
 
+def test_streams_of_all_purposes_differ():
+    source = "".join(path.read_text() for path in sorted(Path(augment.__file__).parent.glob("*.py")))
+    purposes = re.findall(r'draw\(images, draws, f?"([^"]+)"', source)
+    purposes += ["flip/horizontal", "flip/vertical"]
+    purposes.remove("flip/{way}")
+    assert len(purposes) == len(set(purposes)) >= 18
+    streams = [stream_number(purpose) for purpose in purposes]
+    streams += [stream_number(f"{stream}/{turn}") for stream in streams for turn in range(1, 10)]
+    assert len(set(streams)) == len(streams)
+    assert max(streams) < 2**32 - 16  # those are for reading and ordering images
+
+
 def test_a_step_that_comes_again_has_draws_of_its_own():
     images, draws = images_of(256, 1, (4, 5)), Draws(0, 0, torch.arange(256))
     mirrored = images.flip(3)
@@ -205,6 +220,7 @@ def test_simple_steps_import_no_kornia():
 import json, sys, torch
 from pydantic import TypeAdapter
 from repkern.data import augment
+from repkern.data.augment._sampling import stream_number
 from repkern.data.batch import Batch
 from repkern.data.draws import Draws
 steps = TypeAdapter(list[augment.Step]).validate_json({json.dumps(json.dumps(simple))})

@@ -151,6 +151,15 @@ def test_soft_labels_are_mixed_again_and_smoothing_commutes():
     torch.testing.assert_close(functional.cross_entropy(logits, once.labels, label_smoothing=0.1), inside)
 
 
+@pytest.mark.parametrize(("dtype", "labels"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_labels_are_not_rounded_with_the_images(dtype, labels):
+    batch = batch_of(6)
+    mixed = Mix(mixup=1.0, each="sample")(batch._replace(images=batch.images.to(dtype)), draws_of(6), 5)
+    assert mixed.images.dtype == dtype
+    assert mixed.labels.dtype == labels
+    torch.testing.assert_close(mixed.labels.sum(1), torch.ones(6, dtype=labels))
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_batches_without_a_partner(count):
     batch = batch_of(count)

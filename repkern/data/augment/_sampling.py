@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["UniformDraws", "between", "check_images", "column", "draw", "integers", "normals", "signs", "stream_number"]
 
-_STREAMS = 2**32 - 1
+_STREAMS = 2**32 - 16  # the last ones are for reading and ordering images
 _ROUNDING = 1e-3  # interpolation may reach a little beyond
 
 
@@ -27,7 +27,7 @@ class UniformDraws(Protocol):
 
 
 def stream_number(purpose: str) -> int:
-    """The number of the stream of a purpose, such as "flip/horizontal": its CRC-32, below 2**32 - 1."""
+    """The number of the stream of a purpose, such as "flip/horizontal": its CRC-32, below 2**32 - 16."""
     return zlib.crc32(purpose.encode()) % _STREAMS
 
 

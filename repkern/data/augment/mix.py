@@ -45,7 +45,7 @@ class Mix(Section):
         return self
 
     def __call__(self, batch: Batch, draws: UniformDraws, classes: int) -> Batch:
-        """Images [N, C, H, W] of any C, and labels [N, classes] in their dtype, which sum to 1.
+        """Images [N, C, H, W] of any C, and labels [N, classes] that sum to 1, float32 or as precise as the images.
 
         Labels come as [N] int64 or as [N, classes] floating. ValueError for labels that do not fit, or draws of another
         number of samples.
@@ -102,4 +102,4 @@ def _soft(batch: Batch, classes: int) -> Tensor:
         raise ValueError(f"labels must be [{count}], got {list(labels.shape)}")
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels must be 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
-    return functional.one_hot(labels.long(), classes).to(batch.images.dtype)
+    return functional.one_hot(labels.long(), classes).to(torch.promote_types(batch.images.dtype, torch.float32))
