@@ -21,21 +21,18 @@ def command(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def small_quickstart(monkeypatch):
-    """`repkern quickstart` on a network small enough for a test."""
-    import dataclasses
+def small_recipe(monkeypatch):
+    """small_recipe("quickstart", changes): the command trains a network small enough for a test."""
+    from repkern.train import recipe_files
 
-    from repkern.train import quickstart
-
-    @dataclasses.dataclass(frozen=True)
-    class Small(quickstart.QuickstartConfig):
-        epochs: int = 2
-        widths: tuple = (6, 8)
-        blocks: int = 1
-        batch_size: int = 256
-
+    real = recipe_files.load_recipe
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what the command takes by default; two would wait for each other on a busy machine
-    monkeypatch.setattr(quickstart, "QuickstartConfig", Small)
-    yield
+    small = {}
+
+    def load(source, changes=(), **options):
+        return real(source, [*small.get(source, ()), *changes], **options)
+
+    monkeypatch.setattr(recipe_files, "load_recipe", load)
+    yield small.__setitem__
     torch.set_num_threads(threads)

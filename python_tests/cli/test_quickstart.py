@@ -8,13 +8,18 @@ import unicodedata
 
 import pytest
 
-from repkern.cli import quickstart as module
+from repkern.cli import _options
 from repkern.models.digits import load_digits_net
-from repkern.train import engine
+from repkern.train.trainer import Trainer
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-pytestmark = pytest.mark.usefixtures("small_quickstart")
+
+
+@pytest.fixture(autouse=True)
+def _small(small_recipe):
+    options = ["model.options={widths: [6, 8], blocks: 1}", "train.epochs=2", "train.batch_size=256"]
+    small_recipe("quickstart", options)
 
 
 @pytest.fixture
@@ -22,7 +27,7 @@ def interrupt_epoch(monkeypatch):
     """Ctrl-C in the given epoch of the second training."""
 
     def arm(epoch):
-        real = engine.Trainer._one_epoch
+        real = Trainer._run_epoch
 
         def one_epoch(self):
             blocks = any(type(part).__name__ == "OREPAConv2d" for part in self.model.modules())
@@ -30,8 +35,8 @@ def interrupt_epoch(monkeypatch):
                 raise KeyboardInterrupt
             return real(self)
 
-        monkeypatch.setattr(engine.Trainer, "_one_epoch", one_epoch)
-        return lambda: monkeypatch.setattr(engine.Trainer, "_one_epoch", real)
+        monkeypatch.setattr(Trainer, "_run_epoch", one_epoch)
+        return lambda: monkeypatch.setattr(Trainer, "_run_epoch", real)
 
     return arm
 
@@ -45,7 +50,7 @@ def test_the_whole_job_in_a_pipe(command, tmp_path):
     for text in ("test accuracy", "training step", "peak memory", "latency", "largest output difference", "deployed"):
         assert text in out
     folder = tmp_path / "runs" / "quickstart"
-    for name in ("config.json", "summary.json", "plain.safetensors", "plain/metrics.jsonl", "orepa/metrics.csv"):
+    for name in ("recipe.json", "summary.json", "plain.safetensors", "plain/metrics.jsonl", "orepa/metrics.csv"):
         assert (folder / name).is_file()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((folder / "summary.json").read_text())
@@ -90,23 +95,40 @@ def test_resume_with_other_settings_is_wrong_use(command, interrupt_epoch):
     assert "epochs 2, not 7" in err
 
 
-def test_a_damaged_checkpoint_is_one_clear_line(command, tmp_path, interrupt_epoch):
+def damage(folder):
+    weights = sorted(folder.glob("checkpoints/*/weights.safetensors"))
+    for path in weights:
+        path.write_bytes(path.read_bytes()[:100])
+    return weights
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(command, tmp_path, interrupt_epoch):
+    disarm = interrupt_epoch(1)
+    command("quickstart")
+    newest = sorted((tmp_path / "runs/quickstart/plain/checkpoints").iterdir())[-1]
+    (newest / "weights.safetensors").write_bytes((newest / "weights.safetensors").read_bytes()[:100])
+    disarm()
+    code, out, err = command("quickstart")
+    assert (code, err) == (0, "")
+    assert "weights.safetensors is damaged: 100 bytes" in out
+    assert "the checkpoint before it is used" in out
+
+
+def test_only_damaged_checkpoints_are_one_clear_line(command, tmp_path, interrupt_epoch):
     interrupt_epoch(1)
     command("quickstart")
-    weights = tmp_path / "runs/quickstart/plain/checkpoints/epoch_0002/weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
+    assert damage(tmp_path / "runs/quickstart/plain")
     code, _, err = command("quickstart")
     assert code == 1
     assert "weights.safetensors is damaged: 100 bytes" in err
     assert "--fresh" in err
     assert len(err.splitlines()) == 1
-    assert weights.parent.with_name("epoch_0001").is_dir()
 
 
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
 def test_a_missing_extra_is_one_clear_line(command, monkeypatch, missing):
-    real = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == missing else real(name))
+    real = _options.importlib.util.find_spec
+    monkeypatch.setattr(_options.importlib.util, "find_spec", lambda name: None if name == missing else real(name))
     code, out, err = command("quickstart")
     assert (code, out) == (1, "")
     assert err.endswith("pip install 'repkern[quickstart]'\n")
@@ -148,18 +170,20 @@ def test_a_real_signal_leaves_a_resumable_run(tmp_path, number):
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, (lines, out, err)
-    assert "Interrupted. Every finished epoch is safe" in out
+    found = re.search(rf"Interrupted by {number.name} after step (\d+) .*Every step up to (\d+) is safe", out)
+    assert found is not None, out
+    assert found[1] == found[2]
     assert err == ""
-    assert (tmp_path / "run/plain/checkpoints/epoch_0001").is_dir()
+    assert (tmp_path / f"run/plain/checkpoints/step_{int(found[1]):08d}").is_dir()
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"epochs": "many"}', "[" * 100_000, '{"widths": 3}'])
+@pytest.mark.parametrize("content", ["", "[1]", '{"train": {"epochs": "many"}}', "[" * 100_000, '{"widths": 3}'])
 def test_resume_with_damaged_settings_is_one_line(command, tmp_path, content):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(content)
+    (tmp_path / "run" / "recipe.json").write_text(content)
     code, _, err = command("quickstart", "--resume", "--out", str(tmp_path / "run"))
     assert code == 1
-    assert "config.json does not hold the settings of a run" in err
+    assert "recipe.json does not hold the recipe of a run" in err
     assert "Traceback" not in err
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import unicodedata
 
@@ -7,35 +6,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repkern.cli import repopt as module
+from repkern.cli import _options
 from repkern.deploy.quantize_torchao import missing_torchao
-from repkern.train import engine
+from repkern.train.trainer import Trainer
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def _small(monkeypatch, small_recipe):
     """`repkern repopt` on a network small enough for a test."""
     from repkern.train import repopt
 
-    @dataclasses.dataclass(frozen=True)
-    class Small(repopt.RepOptConfig):
-        epochs: int = 1
-        search_epochs: int = 2
-        widths: tuple = (6, 8)
-        blocks: int = 2
-        batch_size: int = 256
-        image_size: int = 8
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(repopt, "RepOptConfig", Small)
+    sizes = ["model.options={widths: [6, 8], blocks: 2}", "train.epochs=1", "train.batch_size=256", "search_epochs=2"]
+    small_recipe("repopt", sizes)
     monkeypatch.setattr(repopt, "_STEP_ROUNDS", 2)
     monkeypatch.setattr(repopt, "_LATENCY_ROUNDS", 2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -48,15 +35,15 @@ def interrupt_epoch(monkeypatch):
     """Ctrl-C in the given epoch of the search."""
 
     def arm(epoch):
-        real = engine.Trainer._one_epoch
+        real = Trainer._run_epoch
 
         def one_epoch(self):
             if any(type(part).__name__ == "CSLABlock" for part in self.model.modules()) and self.epoch + 1 == epoch:
                 raise KeyboardInterrupt
             return real(self)
 
-        monkeypatch.setattr(engine.Trainer, "_one_epoch", one_epoch)
-        return lambda: monkeypatch.setattr(engine.Trainer, "_one_epoch", real)
+        monkeypatch.setattr(Trainer, "_run_epoch", one_epoch)
+        return lambda: monkeypatch.setattr(Trainer, "_run_epoch", real)
 
     return arm
 
@@ -85,7 +72,7 @@ def test_the_whole_job_in_a_pipe(command, tmp_path):
     for text in ("test accuracy", "training step", "peak memory", "INT8", "SQNR", "hyper-search", "from_scales"):
         assert text in out
     folder = tmp_path / "runs" / "repopt"
-    for name in ("config.json", "summary.json", "scales.safetensors", "repopt.safetensors", "repvgg/metrics.csv"):
+    for name in ("recipe.json", "summary.json", "scales.safetensors", "repopt.safetensors", "repvgg/metrics.csv"):
         assert (folder / name).is_file()
     for name in ("curves.png", "kernels.png", "sensitivity.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -129,11 +116,11 @@ def test_interrupted_then_the_same_command_continues(command, tmp_path, interrup
 
 @pytest.mark.usefixtures("without_torchao")
 def test_images_of_a_folder(command, photographs):
-    code, out, _ = command("repopt", "--data", str(photographs), "--search-epochs", "1", "--json")
+    code, out, _ = command("repopt", "--data", str(photographs), "--image-size", "8", "--search-epochs", "1", "--json")
     assert code == 0
     summary = json.loads(out)
     assert summary["test_images"] == 8
-    assert summary["config"]["data"] == str(photographs)
+    assert summary["recipe"]["data"]["root"] == str(photographs)
 
 
 def test_the_search_alone(command, tmp_path):
@@ -187,8 +174,8 @@ def test_a_folder_without_images_is_one_clear_line(command, tmp_path):
 
 
 def test_a_missing_extra_is_one_clear_line(command, monkeypatch):
-    real = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name))
+    real = _options.importlib.util.find_spec
+    monkeypatch.setattr(_options.importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name))
     code, out, err = command("repopt")
     assert (code, out) == (1, "")
     assert err.endswith("pip install 'repkern[quickstart]'\n")

@@ -130,9 +130,19 @@ def _write_training(name: str) -> Callable[[Path], Path]:
         import torch
 
         from repkern.train import CheckpointFolder
+        from repkern.train.checkpoint import Checkpoint
 
-        CheckpointFolder(folder).save(1, _net(), {"step": 3, "state": torch.arange(40.0)})
-        return folder / "epoch_0001" / name
+        CheckpointFolder(folder).save(
+            1,
+            Checkpoint(
+                {"changes": {"0": {"class": "nn.Identity"}}},
+                _net().state_dict(),
+                None,
+                {"step": 3, "state": torch.arange(40.0)},
+                {"epoch": 1, "metric": 0.5},
+            ),
+        )
+        return folder / "step_00000001" / name
 
     return write
 
@@ -140,9 +150,8 @@ def _write_training(name: str) -> Callable[[Path], Path]:
 def _read_training(path: Path) -> Any:
     from repkern.train import CheckpointFolder
 
-    net = _net()
-    state = CheckpointFolder(path.parents[1]).load(1, net)
-    return {**net.state_dict(), **state}
+    checkpoint = CheckpointFolder(path.parents[1]).load(1)
+    return {**checkpoint.weights, **checkpoint.state, "structure": checkpoint.structure}
 
 
 def _write_hub(folder: Path) -> Path:
@@ -156,33 +165,32 @@ def _read_hub(path: Path) -> Any:
     return dict(Network.from_pretrained(path.parent).state_dict())
 
 
-def _write_config(folder: Path) -> Path:
-    from repkern.train.quickstart import QuickstartConfig
+def _write_recipe(folder: Path) -> Path:
+    from repkern.train.recipe_files import load_recipe
 
-    QuickstartConfig().save(folder / "config.json")
-    return folder / "config.json"
+    (folder / "recipe.json").write_text(load_recipe("quickstart").to_json())
+    return folder / "recipe.json"
 
 
-def _read_config(path: Path) -> Any:
-    from repkern.train.quickstart import QuickstartConfig
+def _read_recipe(path: Path) -> Any:
+    from repkern.train import Recipe
+    from repkern.train.runs import read_recipe
 
-    QuickstartConfig.load(path)
-    return "settings have no sum: any that are possible are the user's"
+    read_recipe(path.parent, Recipe)
+    return "recipes have no sum: any that are possible are the user's"
 
 
 def _write_metrics(folder: Path) -> Path:
     from repkern.train.metrics import MetricsLog
 
-    log = MetricsLog(folder)
-    for epoch in (1, 2, 3):
-        log.append({"epoch": epoch, "loss": 1 / epoch})
+    MetricsLog(folder).write([{"epoch": epoch, "loss": 1 / epoch} for epoch in (1, 2, 3)])
     return folder / "metrics.jsonl"
 
 
 def _read_metrics(path: Path) -> Any:
-    from repkern.train.metrics import MetricsLog
+    from repkern.train.metrics import read_rows
 
-    MetricsLog(path.parent).resume(3)
+    read_rows(path.parent)
     return "a log has no sum"
 
 
@@ -232,13 +240,22 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "training weights": (_write_training("weights.safetensors"), _read_training),
     "training state": (_write_training("state.pt"), _read_training),
     "training manifest": (_write_training("manifest.json"), _read_training),
+    "training structure": (_write_training("structure.json"), _read_training),
     "hub config": (_write_hub, _read_hub),
-    "settings": (_write_config, _read_config),
+    "recipe": (_write_recipe, _read_recipe),
     "metrics": (_write_metrics, _read_metrics),
     "timing cache": (_write_cache, _read_cache),
     "quantized": (_write_quantized, _read_quantized),
 }
-_CLEAR = ("ValueError", "OSError", "FileNotFoundError", "RuntimeError", "CheckpointError", "PermissionError")
+_CLEAR = (
+    "ValueError",
+    "OSError",
+    "FileNotFoundError",
+    "RuntimeError",
+    "CheckpointError",
+    "DamagedCheckpointError",
+    "PermissionError",
+)
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:

@@ -1,18 +1,19 @@
 """The main job on a network small enough for a test: the same code, settings of its own."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from repkern.models.digits import DigitsNet, load_digits_net
 from repkern.train import Callback, Interrupted
-from repkern.train.data import load_digits
-from repkern.train.quickstart import FORMS, QuickstartConfig, make_model, run_quickstart
+from repkern.train.build import build_data, build_model
+from repkern.train.metrics import TIMES, read_rows
+from repkern.train.quickstart import FORMS, form_of, run_quickstart, whole_test_set
+from repkern.train.recipe_files import load_recipe
 
 pytest.importorskip("sklearn")
 
-SMALL = QuickstartConfig(epochs=2, widths=(6, 8), blocks=1, batch_size=256, seed=1)
+SIZES = ["model.options={widths: [6, 8], blocks: 1}", "train.epochs=2", "train.batch_size=256", "train.threads=1"]
+SMALL = load_recipe("quickstart", [*SIZES, "train.seed=1", "train.device=cpu"])
 EXACT = ("accuracy", "max_difference", "largest_output", "parameters", "test_images")
 
 
@@ -36,10 +37,10 @@ def results(folder):
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
         found[str(path.relative_to(folder))] = path.read_bytes()
-    for path in sorted(folder.rglob("metrics.csv")):
-        lines = path.read_text().splitlines()
-        assert lines[0].endswith(",seconds")
-        found[str(path.relative_to(folder))] = [line.rpartition(",")[0] for line in lines]
+    for name in FORMS:
+        rows = read_rows(folder / name)
+        found[name] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+        assert all(set(TIMES) < set(row) for row in rows)
     return found
 
 
@@ -52,7 +53,7 @@ def test_a_second_run_gives_the_same_bits(tmp_path, finished):
 
 
 def test_another_seed_gives_other_weights(tmp_path, finished):
-    run_quickstart(dataclasses.replace(SMALL, seed=2), tmp_path)
+    run_quickstart(load_recipe("quickstart", [*SIZES, "train.seed=2", "train.device=cpu"]), tmp_path)
     assert results(tmp_path)["plain.safetensors"] != results(finished[0])["plain.safetensors"]
 
 
@@ -71,10 +72,10 @@ def test_the_deployed_network_is_plain_and_does_what_was_measured(finished):
     model = load_digits_net(folder / "plain.safetensors")
     assert type(model) is DigitsNet
     assert not any("repkern.nn" in type(module).__module__ for module in model.modules())
-    data = load_digits()
+    images, labels = whole_test_set(build_data(SMALL), torch.device("cpu"))
     with torch.no_grad():
-        right = (model(data.test_images).argmax(1) == data.test_labels).sum().item()
-    assert right / len(data.test_labels) == summary["accuracy"]["deployed"]
+        right = (model(images).argmax(1) == labels).sum().item()
+    assert right / len(labels) == summary["accuracy"]["deployed"]
     assert summary["parameters"]["deployed"] == summary["parameters"]["plain"] < summary["parameters"]["orepa"]
 
 
@@ -96,7 +97,8 @@ def test_measurements_are_there(finished):
 
 
 def test_every_convolution_is_replaced():
-    plain, orepa = make_model("plain", SMALL), make_model("orepa", SMALL)
+    data = build_data(SMALL)
+    plain, orepa = (build_model(form_of(name, SMALL), data) for name in FORMS)
     convs = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Conv2d)]
     blocks = [name for name, module in orepa.named_modules() if type(module).__name__ == "OREPAConv2d"]
     assert blocks == convs
@@ -107,7 +109,9 @@ def test_global_settings_are_put_back(tmp_path):
     fill = torch.utils.deterministic.fill_uninitialized_memory
     with pytest.raises(Interrupted):
         run_quickstart(
-            dataclasses.replace(SMALL, threads=threads + 1), tmp_path, callbacks=lambda name: [InterruptInEpoch(1)]
+            load_recipe("quickstart", [*SIZES, f"train.threads={threads + 1}"]),
+            tmp_path,
+            callbacks=lambda name: [InterruptInEpoch(1)],
         )
     assert torch.get_num_threads() == threads
     assert torch.are_deterministic_algorithms_enabled() is deterministic

@@ -38,7 +38,7 @@ def test_every_problem_is_listed_with_file_line_and_field():
 def test_values_of_another_kind_are_refused():
     text = (
         "train:\n  epochs: '3'\n  batch_size: true\n  clip_norm: .nan\nmodel:\n  freeze: stem\n  options: 3\n"
-        "  frozen_norms: 1\nema: {decay: 2}\nname: 7\n"
+        "  sync_norm: 1\nema: {decay: 2}\nname: 7\n"
     )
     assert problems(text) == [
         "my.yaml:2: train.epochs: must be a valid integer, got '3'",
@@ -46,7 +46,7 @@ def test_values_of_another_kind_are_refused():
         "my.yaml:4: train.clip_norm: must be a finite number, got nan",
         "my.yaml:6: model.freeze: must be a list, got 'stem'",
         "my.yaml:7: model.options: must be a mapping of fields, got 3",
-        "my.yaml:8: model.frozen_norms: must be a valid boolean, got 1",
+        "my.yaml:8: model.sync_norm: must be a valid boolean, got 1",
         "my.yaml:9: ema.decay: must be less than 1, got 2",
         "my.yaml:10: name: must be a text, got 7",
     ]

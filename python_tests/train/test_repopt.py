@@ -1,28 +1,28 @@
-import dataclasses
 import json
 
 import pytest
 import torch
+from repkern.data.digits import open_digits
 from safetensors.torch import load_file
 
+from repkern.data import ImageSource
 from repkern.models.small_vgg import SmallVGG
-from repkern.optim import RepSGD, load_scales
+from repkern.optim import RepSGD, load_scales, save_scales
+from repkern.search import HyperSearch
 from repkern.train import Callback, Interrupted
-from repkern.train.data import load_digits
-from repkern.train.repopt import (
-    FORMS,
-    SEARCH,
-    RepOptConfig,
-    make_network,
-    make_training,
-    run_hyper_search,
-    run_repopt,
-)
+from repkern.train.build import build_data, build_model
+from repkern.train.metrics import TIMES, read_rows
+from repkern.train.optimizers import make_optimizer
+from repkern.train.quickstart import whole_test_set
+from repkern.train.recipe_files import load_recipe
+from repkern.train.repopt import FORMS, SEARCH, RepOptRecipe, form_of, run_hyper_search, run_repopt
 
 pytest.importorskip("sklearn")
 
-SMALL = RepOptConfig(epochs=2, search_epochs=2, batch_size=256, widths=(6, 8), blocks=2)
+SIZES = ["model.options={widths: [6, 8], blocks: 2}", "train.epochs=2", "train.batch_size=256", "train.threads=1"]
+SMALL = load_recipe("repopt", [*SIZES, "train.device=cpu", "search_epochs=2"], kind=RepOptRecipe)
 STAGES = (SEARCH, *FORMS)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
             SMALL,
             folder,
             say=said.append,
-            quantize=lambda models, data: seen.append((models, data)) or {"images": len(data.test_labels)},
+            quantize=lambda models, data: seen.append((models, data)) or {"images": len(whole_test_set(data, CPU)[1])},
         )
     return folder, summary, seen, said
 
@@ -59,8 +59,8 @@ def results(folder):
     """Everything a run computes, but for the time it took."""
     found = {}
     for name in STAGES:
-        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        rows = read_rows(folder / name)
+        found[name] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
     for name in ("scales", "repopt"):
         found |= {f"{name}.{key}": value for key, value in load_file(folder / f"{name}.safetensors").items()}
     return found
@@ -75,7 +75,7 @@ def assert_same(one, other):
 
 def test_the_summary_has_every_figure(finished):
     folder, summary, _, said = finished
-    assert json.loads(json.dumps(summary))["config"]["widths"] == list(SMALL.widths)
+    assert json.loads(json.dumps(summary))["recipe"] == SMALL.model_dump(mode="json")
     assert list(summary["accuracy"]) == list(STAGES)
     for name in FORMS:
         assert summary["train_step_seconds"][name] > 0
@@ -90,15 +90,16 @@ def test_what_is_quantized_is_plain_and_does_what_was_measured(finished):
     folder, summary, seen, _ = finished
     ((models, data),) = seen
     assert list(models) == list(FORMS)
+    images, labels = whole_test_set(data, CPU)
     for name, model in models.items():
         assert not any("repkern.nn" in type(module).__module__ for module in model.modules())
         with torch.no_grad():
-            right = (model(data.test_images).argmax(1) == data.test_labels).sum().item()
+            right = (model(images).argmax(1) == labels).sum().item()
         assert right / 355 == pytest.approx(summary["accuracy"][name], abs=1 / 355)
-    twin = SmallVGG(SMALL.widths, SMALL.blocks, 10, 1, "plain").eval()
+    twin = SmallVGG((6, 8), 2, 10, 1, "plain").eval()
     twin.load_state_dict(load_file(folder / "repopt.safetensors"))
     with torch.no_grad():
-        torch.testing.assert_close(twin(data.test_images), models["repopt"](data.test_images))
+        torch.testing.assert_close(twin(images), models["repopt"](images))
 
 
 @pytest.mark.parametrize("stage", [SEARCH, "repopt"])
@@ -114,18 +115,23 @@ def test_an_interrupted_run_continues_bit_for_bit(finished, tmp_path, stage):
 
 def test_the_scales_are_those_that_were_trained(finished):
     folder, *_ = finished
-    scales = load_scales(folder / "scales.safetensors", make_network("conv_bn", SMALL, load_digits()))
+    scales = load_scales(folder / "scales.safetensors", build_model(form_of("sgd", SMALL), build_data(SMALL)))
     assert len(scales) == 5 * 2 + 3  # five 3x3 layers, three of them with an identity
     assert all(len(scale.unique()) > 1 for scale in scales.values())  # they started equal in every channel
-    state = torch.load(folder / SEARCH / "checkpoints/epoch_0002/state.pt", weights_only=True)
+    state = torch.load(folder / SEARCH / "checkpoints/step_00000010/state.pt", weights_only=True)
     assert len(state["callbacks"]["hyper_search"]["history"]) == 2
 
 
-def test_the_repoptimizer_starts_by_the_scales_and_multiplies():
-    data = load_digits()
-    scales = {name: torch.full_like(scale, 0.5) for name, scale in run_scales(data).items()}
-    plain, sgd = make_training("sgd", SMALL, data, scales)
-    model, optimizer = make_training("repopt", SMALL, data, scales)
+def test_the_repoptimizer_starts_by_the_scales_and_multiplies(tmp_path):
+    data = build_data(SMALL)
+    searched = HyperSearch(build_model(form_of("sgd", SMALL), data)).scales()
+    save_scales(
+        {name: torch.full_like(scale, 0.5) for name, scale in searched.items()}, tmp_path / "scales.safetensors"
+    )
+    plain = build_model(form_of("sgd", SMALL), data)
+    sgd = make_optimizer(plain, form_of("sgd", SMALL))
+    model = build_model(form_of("repopt", SMALL, tmp_path), data)
+    optimizer = make_optimizer(model, form_of("repopt", SMALL, tmp_path))
     assert isinstance(optimizer, RepSGD)
     assert type(sgd) is torch.optim.SGD
     assert len(optimizer.grad_mults) == 5
@@ -140,30 +146,24 @@ def test_the_repoptimizer_starts_by_the_scales_and_multiplies():
         }
 
 
-def run_scales(data):
-    from repkern.search import HyperSearch
-
-    return HyperSearch(make_network("conv_bn", SMALL, data)).scales()
-
-
 def test_a_network_of_create_model_can_be_searched(tmp_path):
-    config = dataclasses.replace(SMALL, model="repvgg_a0", search_epochs=1, batch_size=720)
-    data = load_digits()
-    small = type(data)(data.train_images[:720], data.train_labels[:720], data.test_images[:32], data.test_labels[:32])
-    with pytest.MonkeyPatch.context() as patch:
-        from repkern.models import create_model
-
-        patch.setattr(
-            "repkern.train.repopt.create_model", lambda name, **options: create_model(name, width=0.125, **options)
-        )
-        scales, rows = run_hyper_search(config, small, tmp_path)
-        network = make_network("conv_bn", config, small)
+    options = [
+        "model.name=repvgg_a0",
+        "model.options={}",
+        "model.options={width: 0.125}",
+        "train.batch_size=720",
+        "search_epochs=1",
+    ]
+    recipe = load_recipe("repopt", ["train.threads=1", "train.device=cpu", *options], kind=RepOptRecipe)
+    train, test = open_digits()
+    few = (train.take(torch.arange(720)), test.take(torch.arange(32)))
+    data = ImageSource(*few, batch_size=720, seed=0)
+    _, rows = run_hyper_search(recipe, data, tmp_path)
     assert len(rows) == 1
-    assert load_scales(tmp_path / "scales.safetensors", network).keys() == scales.keys()
+    network = build_model(form_of("sgd", recipe), data)
+    assert load_scales(tmp_path / "scales.safetensors", network)
 
 
-@pytest.mark.parametrize("wrong", [{"search_epochs": 0}, {"blocks": 0}, {"image_size": 0}, {"augment": -1.0}])
-def test_bad_settings(wrong):
-    (name,) = wrong
-    with pytest.raises(ValueError, match=name):
-        dataclasses.replace(SMALL, **wrong)
+def test_bad_settings():
+    with pytest.raises(ValueError, match="search_epochs"):
+        load_recipe("repopt", ["search_epochs=0"], kind=RepOptRecipe)

@@ -1,14 +1,15 @@
 import pytest
 
-from repkern.train import TrainConfig
-from repkern.train.runs import RunError, open_run
+from repkern.train import Recipe
+from repkern.train.recipe import CheckpointRecipe, RunRecipe
+from repkern.train.runs import RunError, open_run, read_recipe
 
-A = TrainConfig(epochs=5)
-B = TrainConfig(epochs=6)
+A = Recipe(train=RunRecipe(epochs=5))
+B = Recipe(train=RunRecipe(epochs=6))
 
 
-def run(base, config=A, mode="auto", *, finish=False, given=()):
-    with open_run(base, config, mode, given) as opened:
+def run(base, recipe=A, mode="auto", *, finish=False, given=()):
+    with open_run(base, recipe, mode, given) as opened:
         if finish:
             opened.finish({})
         return opened
@@ -18,7 +19,7 @@ def test_first_run_takes_the_name_itself(tmp_path):
     opened = run(tmp_path / "deep" / "run")
     assert opened.path == tmp_path / "deep" / "run"
     assert not opened.resumed
-    assert TrainConfig.load(opened.path / "config.json") == A
+    assert read_recipe(opened.path, Recipe) == A
 
 
 def test_unfinished_is_continued_finished_is_not(tmp_path):
@@ -41,6 +42,12 @@ def test_other_settings_get_their_own_folder_and_leave_the_first_alone(tmp_path)
     assert (back.path, back.resumed) == (base, True)
 
 
+def test_where_and_how_often_it_is_saved_does_not_make_another_run(tmp_path):
+    run(tmp_path / "run", A)
+    often = A.model_copy(update={"checkpoint": CheckpointRecipe(every_steps=3)})
+    assert run(tmp_path / "run", often).resumed
+
+
 def test_fresh_never_continues(tmp_path):
     run(tmp_path / "run")
     assert run(tmp_path / "run", mode="fresh").path == tmp_path / "run-2"
@@ -50,13 +57,13 @@ def test_resume_takes_the_stored_settings(tmp_path):
     run(tmp_path / "run", A)
     opened = run(tmp_path / "run", B, "resume")
     assert opened.resumed
-    assert opened.config == A
+    assert opened.recipe == A
 
 
 def test_resume_against_given_settings_is_an_error(tmp_path):
     run(tmp_path / "run", A)
     with pytest.raises(RunError, match=r"epochs 5, not 6; leave that option out"):
-        run(tmp_path / "run", B, "resume", given=["epochs"])
+        run(tmp_path / "run", B, "resume", given=["train.epochs"])
 
 
 def test_resume_needs_an_unfinished_run(tmp_path):
@@ -95,10 +102,10 @@ def test_names_that_only_look_like_a_number_are_not_ours(tmp_path):
 
 def test_damaged_settings_are_left_alone_and_named(tmp_path):
     run(tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text("{")
+    (tmp_path / "run" / "recipe.json").write_text("{")
     opened = run(tmp_path / "run")
     assert opened.path == tmp_path / "run-2"
-    assert "config.json" in opened.notes[0]
+    assert "recipe.json" in opened.notes[0]
 
 
 def test_two_processes_never_share_a_folder(tmp_path):

@@ -40,9 +40,8 @@ class _Bar(Callback):
         self._task = TaskID(0)
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        steps = trainer.data.steps_per_epoch
         self._task = self._progress.add_task(
-            self._label, total=trainer.epochs * steps, completed=trainer.epoch * steps, text=_text(trainer, None)
+            self._label, total=trainer.total_steps, completed=trainer.step, text=_text(trainer, None)
         )
         if trainer.rows:
             self._show(trainer, trainer.rows[-1])
@@ -50,8 +49,11 @@ class _Bar(Callback):
     def on_step_end(self, trainer: Trainer) -> None:
         self._progress.advance(self._task)
 
-    def on_epoch_saved(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_logged(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._show(trainer, row)
+
+    def on_note(self, trainer: Trainer, text: str) -> None:
+        self._progress.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def _show(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._progress.update(self._task, text=_text(trainer, row))
@@ -72,9 +74,12 @@ class _Lines(Callback):
         if trainer.epoch:
             self._console.print(f"{self._label:<6} epochs 1 to {trainer.epoch} are already done")
 
-    def on_epoch_saved(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_logged(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._console.print(
             f"{self._label:<6} epoch {row['epoch']:>2}/{trainer.epochs}  train loss {row['train_loss']:.4f}  "
             f"test loss {row['test_loss']:.4f}  test accuracy {percent(row['test_accuracy'])}  {row['seconds']:.1f} s",
             soft_wrap=True,
         )
+
+    def on_note(self, trainer: Trainer, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)

@@ -20,10 +20,10 @@ def print_report(console: Console, summary: dict[str, Any], folder: str, no_torc
     """One table, what its figures mean, and what to do next."""
     console.print()
     console.print(_table(summary))
-    config = summary["config"]
+    settings = summary["recipe"]["train"]
     console.print(
         f"SGD and RepOpt are the same plain network. Times are medians, the networks taking turns; a training step has "
-        f"{config['batch_size']} images. INT8: 8-bit weights with a scale per channel, 8-bit maps; SQNR compares its "
+        f"{settings['batch_size']} images. INT8: 8-bit weights with a scale per channel, 8-bit maps; SQNR compares its "
         "logits with the float network's (6 dB are one bit).",
         style="dim",
     )
@@ -49,7 +49,7 @@ def print_report(console: Console, summary: dict[str, Any], folder: str, no_torc
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    data = summary["config"]["data"]
+    data = summary["recipe"]["data"]["root"]
     table = Table(title=f"One plain network, trained four ways, on {data or 'real digits'}", title_style="bold")
     table.add_column("")
     for heading in ("plain,\nSGD", "plain,\nRepOpt", "RepVGG\nbranches", "QARepVGG\nbranches"):
@@ -71,7 +71,7 @@ def _table(summary: dict[str, Any]) -> Table:
     for name, cells in rows:
         table.add_row(name, *cells)
     table.caption = Text(
-        f"hyper-search: {summary['config']['search_epochs']} epochs, "
+        f"hyper-search: {summary['recipe']['search_epochs']} epochs, "
         f"{summary['training_seconds']['search']:.0f} s, accuracy {percent(summary['accuracy']['search'])}"
     )
     return table

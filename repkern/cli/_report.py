@@ -20,9 +20,9 @@ def print_report(console: Console, summary: dict[str, Any], folder: str) -> None
     """One table, what its figures mean, and what to do next."""
     console.print()
     console.print(_table(summary))
-    config = summary["config"]
+    settings = summary["recipe"]["train"]
     console.print(
-        f"Times are medians, the networks taking turns; a training step has {config['batch_size']} images. Memory is "
+        f"Times are medians, the networks taking turns; a training step has {settings['batch_size']} images. Memory is "
         "the most that torch's allocator held in a training step: weights, gradients, optimizer state, activations.",
         style="dim",
     )

@@ -1,60 +1,77 @@
-"""What commands with a run folder share: settings from options, and what happens when a run is interrupted."""
+"""What commands with a run folder share: recipes from options, and what happens when a run is interrupted."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from repkern.cli import _console
 from repkern.cli._console import INTERRUPTED, WRONG_USE, fail
-from repkern.cli.quickstart import Device
-from repkern.train.config import TrainConfig
-from repkern.train.runs import Run
+from repkern.cli._options import Device, chosen_device
 
-__all__ = ["read_rows", "settings", "shown", "started", "training_run"]
+if TYPE_CHECKING:
+    from repkern.train.recipe import Recipe
+    from repkern.train.runs import Run
 
-ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+__all__ = ["recipe_for", "shown", "started", "training_run"]
+
+RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 
-def settings(kind: type[ConfigT], device: Device, given: dict[str, Any]) -> tuple[ConfigT, list[str]]:
-    """The settings, and the names of those that the user gave. Leaves with 2 for a GPU that is not there."""
+def recipe_for(
+    name: str | Path, kind: type[RecipeT], device: Device, given: Mapping[str, Any], changes: Sequence[str] = ()
+) -> tuple[RecipeT, list[str]]:
+    """The recipe with the options that the user gave, and the names of those: {"train.epochs": 3}.
+
+    changes: further ones as text, "optimizer.lr=0.05". A device and a number of threads are always settled: a run
+    continues with those it began with. Leaves with 2 for what is wrong with any of them.
+    """
+    import json
+
     import torch
 
-    gpu = torch.cuda.is_available()
-    if device is Device.cuda and not gpu:
-        fail("--device cuda: no CUDA GPU or driver was found; --device cpu works everywhere", WRONG_USE)
-    where = ("cuda" if gpu else "cpu") if device is Device.auto else device.value
-    values: dict[str, Any] = {"threads": torch.get_num_threads(), "device": where, **given}
-    return kind(**values), [*given, *([] if device is Device.auto else ["device"])]
+    from repkern.train.recipe_files import RecipeError, load_recipe
+
+    where = chosen_device(device)
+    options = {name: value for name, value in given.items() if value is not None}
+    texts = [f"{option}={json.dumps(value)}" for option, value in options.items()]
+    try:
+        recipe = load_recipe(name, [*changes, *texts, f"train.device={where}"], kind=kind)
+        if not recipe.train.threads:
+            threads = torch.get_num_threads()
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"threads": threads})})
+    except RecipeError as problem:
+        fail(str(problem), WRONG_USE)
+    named = [*options, *(change.partition("=")[0].strip() for change in changes)]
+    return recipe, [*named, *([] if device is Device.auto else ["train.device"])]
 
 
 @contextlib.contextmanager
 def training_run(
-    out: Path, config: ConfigT, mode: Any, given: Sequence[str], *, command: str, default: Path, to: Any
-) -> Iterator[Run[ConfigT]]:
-    """`open_run`, with every way it can end as an exit code and one line; Ctrl-C says how to continue.
+    out: Path, recipe: RecipeT, mode: Any, given: Sequence[str], *, command: str, default: Path, to: Any
+) -> Iterator[Run[RecipeT]]:
+    """`open_run`, with every way it can end as an exit code and one line; an interruption says how to continue.
 
     command, default: of the words that continue the run. to: the console for what is said.
     """
-    from repkern.train import CheckpointError, Interrupted, TrainingDivergedError
-    from repkern.train.data import MissingExtraError
+    from repkern.data.errors import MissingExtraError
+    from repkern.train import CheckpointError, DistributedError, Interrupted, TrainingDivergedError
     from repkern.train.runs import RunError, open_run
 
     try:
-        with _console.terminated_like_ctrl_c(), open_run(out, config, mode, given) as run:
+        with _console.terminated_like_ctrl_c(), open_run(out, recipe, mode, given) as run:
             try:
                 for note in run.notes:
                     to.print(note, style="dim", soft_wrap=True, markup=False)
                 yield run
-            except (Interrupted, KeyboardInterrupt):
+            except (Interrupted, KeyboardInterrupt) as stop:
                 option = "" if out == default else f" --out {out}"
                 to.print(
-                    f"\nInterrupted. Every finished epoch is safe in {shown(run.path)}.\n"
+                    f"\n{_what_is_safe(stop)} {shown(run.path)}.\n"
                     f"The same command continues there, and so does: {command} --resume{option}",
                     soft_wrap=True,
                     markup=False,
@@ -67,25 +84,35 @@ def training_run(
                 )
     except RunError as error:
         fail(str(error), WRONG_USE)
-    except (MissingExtraError, TrainingDivergedError, OSError, ValueError) as error:
+    except (MissingExtraError, TrainingDivergedError, DistributedError, OSError, ValueError) as error:
         fail(str(error))
+
+
+def _what_is_safe(stop: BaseException) -> str:
+    from repkern.train import Interrupted
+
+    if not isinstance(stop, Interrupted):
+        return "Interrupted. What was saved is safe in"
+    place = f"{stop.signal} after step {stop.position.step} (epoch {stop.position.epoch + 1})"
+    if stop.saved is None:
+        return f"Interrupted by {place}. Nothing of this training could be saved; the rest is in"
+    return f"Interrupted by {place}. Every step up to {_step_of(stop.saved)} is safe in"
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def started(to: Any, run: Run[Any], what: str) -> None:
     """The first lines: what is trained on what, and where the results go."""
-    config = run.config
-    where = "the GPU" if config.device == "cuda" else f"{config.threads} CPU threads"
+    settings = run.recipe.train
+    where = "the GPU" if settings.device == "cuda" else f"{settings.threads} CPU threads"
     to.print(
         f"{'Continuing' if run.resumed else 'Training'} {what} on {where}.\n"
         f"Results go to {shown(run.path)}. Ctrl-C is safe: the same command continues.\n",
         soft_wrap=True,
         markup=False,
     )
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of one training."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def shown(path: Path) -> str:

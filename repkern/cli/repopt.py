@@ -3,74 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from repkern.cli import _console
-from repkern.cli._console import WRONG_USE, fail
 from repkern.cli._models import AsJson
-from repkern.cli.quickstart import Device
+from repkern.cli._options import (
+    Data,
+    Device,
+    DeviceOption,
+    Fresh,
+    Model,
+    Number,
+    Resume,
+    Seed,
+    Size,
+    Threads,
+    check_extras,
+    check_model,
+    chosen_mode,
+    images_and_network,
+    images_of,
+    network_of,
+)
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from repkern.train.data import DigitsData
-    from repkern.train.repopt import RepOptConfig
+    from repkern.data import DataSource
+    from repkern.train.repopt import RepOptRecipe
     from repkern.train.runs import Run
 
-__all__ = [
-    "Data",
-    "DeviceOption",
-    "Fresh",
-    "Model",
-    "Number",
-    "Resume",
-    "Seed",
-    "Size",
-    "Threads",
-    "check_model",
-    "chosen",
-    "repopt",
-]
+__all__ = ["repopt"]
 
-_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+_EXTRAS = {"matplotlib": "matplotlib", "accelerate": "Accelerate", "pydantic": "pydantic"}
 _OUT = Path("runs/repopt")
 _CALIBRATION = 512  # images
 _SCHEMES: dict[str, dict[str, Any]] = {"int8": {}, "int8_per_tensor": {"weights": "per_tensor"}}
-
-# Optional[...] because typer evaluates the annotations, and Python 3.10 with `from __future__` is fine with either.
-Number = Optional[int]  # noqa: UP045
-Folder = Optional[Path]  # noqa: UP045
-Data = Annotated[
-    Folder,
-    typer.Option(
-        metavar="FOLDER",
-        exists=True,
-        file_okay=False,
-        help="Images to use: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png.",
-        show_default="scikit-learn's digits",
-    ),
-]
-Model = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(metavar="NAME", help="A network of `repkern models`, made of 3x3 layers.", show_default="a small VGG"),
-]
-Size = Annotated[Number, typer.Option(min=8, help="Side that those images get.", show_default="32")]
-DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU when there is one.")]
-Seed = Annotated[
-    Number, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, order and augmentation.", show_default="0")
-]
-Threads = Annotated[
-    Number, typer.Option(min=1, help="CPU threads; results repeat for the same number.", show_default="all cores")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Only continue the newest unfinished run.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run in any case.")]
 
 
 def repopt(
@@ -107,63 +81,39 @@ def repopt(
 
     repkern repopt --seed 1 --fresh --json      another run, for a program
     """
-    mode = chosen(resume, fresh, data)
+    mode = chosen_mode(resume, fresh)
+    check_extras("repopt", _EXTRAS | ({} if data else {"sklearn": "scikit-learn"}), "quickstart")
     check_model(model)
     given = {
-        "epochs": epochs, "search_epochs": search_epochs, "seed": seed, "threads": threads,
-        "data": None if data is None else str(data.absolute()), "image_size": image_size, "model": model,
+        "train.epochs": epochs, "search_epochs": search_epochs, "train.seed": seed, "train.threads": threads,
+        **images_and_network(data, image_size, model),
     }  # fmt: skip
-    _repopt(device, out, {name: value for name, value in given.items() if value is not None}, mode, as_json)
-
-
-def chosen(resume: bool, fresh: bool, data: Path | None) -> str:
-    """The mode of `open_run`. Leaves with a line for options that contradict, and for packages that are missing."""
-    if resume and fresh:
-        fail("--resume and --fresh contradict each other", WRONG_USE)
-    needed = {name: shown for name, shown in _EXTRAS.items() if name != "sklearn" or data is None}
-    missing = [shown for name, shown in needed.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"this needs {' and '.join(missing)}: pip install 'repkern[quickstart]'")
-    return "resume" if resume else "fresh" if fresh else "auto"
-
-
-def check_model(name: str | None) -> None:
-    """Leave with 2 for a network that does not exist."""
-    from repkern.models import default_block
-
-    if name is not None:
-        try:
-            default_block(name)
-        except ValueError as problem:
-            fail(str(problem), WRONG_USE)
+    _repopt(device, out, given, mode, as_json)
 
 
 def _repopt(device: Device, out: Path, given: dict[str, Any], mode: str, as_json: bool) -> None:
-    from repkern.cli._runs import settings, training_run
-    from repkern.train.repopt import RepOptConfig
+    from repkern.cli._runs import recipe_for, training_run
+    from repkern.train.repopt import RepOptRecipe
 
-    config, named = settings(RepOptConfig, device, given)
+    recipe, named = recipe_for("repopt", RepOptRecipe, device, given)
     to = Console(stderr=True, highlight=False) if as_json else _console.console()
-    with training_run(out, config, mode, named, command="repkern repopt", default=_OUT, to=to) as run:
+    with training_run(out, recipe, mode, named, command="repkern repopt", default=_OUT, to=to) as run:
         summary = _work(to, run)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
 
 
-def _work(to: Console, run: Run[RepOptConfig]) -> dict[str, Any]:
+def _work(to: Console, run: Run[RepOptRecipe]) -> dict[str, Any]:
     from repkern.cli._progress import training_progress
     from repkern.cli._repopt_report import LABELS, print_report
-    from repkern.cli._runs import read_rows, shown, started
+    from repkern.cli._runs import shown, started
     from repkern.deploy.quantize_torchao import missing_torchao
+    from repkern.train.metrics import read_rows
     from repkern.train.repopt import FORMS, run_repopt
     from repkern.viz import plot_curves
 
-    config = run.config
-    started(
-        to,
-        run,
-        f"{config.model or 'a small VGG'}, by SGD and by a RepOptimizer, on {config.data or 'scanned 8x8 digits'},",
-    )
+    recipe = run.recipe
+    started(to, run, f"{network_of(recipe)}, by SGD and by a RepOptimizer, on {images_of(recipe)},")
     no_torchao = missing_torchao()
     with contextlib.ExitStack() as bars:
         progress = bars.enter_context(training_progress(to))
@@ -173,7 +123,7 @@ def _work(to: Console, run: Run[RepOptConfig]) -> dict[str, Any]:
             to.print(f"{line} ...", markup=False, soft_wrap=True)
 
         summary = run_repopt(
-            config,
+            recipe,
             run.path,
             callbacks=lambda name: [progress(f"{LABELS[name]:<8}")],
             say=say,
@@ -182,25 +132,41 @@ def _work(to: Console, run: Run[RepOptConfig]) -> dict[str, Any]:
     plot_curves(
         {LABELS[name]: read_rows(run.path / name) for name in FORMS},
         run.path / "curves.png",
-        loss_label=f"cross-entropy (label smoothing {config.label_smoothing:g})",
+        loss_label=f"cross-entropy (label smoothing {recipe.loss.label_smoothing:g})",
     )
     run.finish(summary)
     print_report(to, summary, shown(run.path), no_torchao)
     return summary
 
 
-def _quantizer(folder: Path) -> Callable[[Mapping[str, nn.Module], DigitsData], dict[str, Any]]:
+def calibration_images(data: DataSource) -> Tensor:
+    """The first training images of an epoch, augmented as in training: [N, C, H, W]."""
+    import torch
+
+    taken = 0
+    batches = []
+    for batch in data.train_batches(0):
+        batches.append(batch.images)
+        taken += len(batch.images)
+        if taken >= _CALIBRATION:
+            break
+    return torch.cat(batches)[:_CALIBRATION]
+
+
+def _quantizer(folder: Path) -> Callable[[Mapping[str, nn.Module], DataSource], dict[str, Any]]:
     """What `run_repopt` calls to quantize: losses and layers of every network, and two plots in `folder`."""
 
-    def quantize(models: Mapping[str, nn.Module], data: DigitsData) -> dict[str, Any]:
+    def quantize(models: Mapping[str, nn.Module], data: DataSource) -> dict[str, Any]:
+        import torch
+
         from repkern.cli._repopt_report import LABELS
         from repkern.deploy.quantize_compare import compare_quantized
+        from repkern.train.quickstart import whole_test_set
         from repkern.viz import plot_kernels, plot_sensitivity
 
-        images = data.train_images[:_CALIBRATION].cpu()
-        losses, reports = compare_quantized(
-            models, list(images.split(64)), (data.test_images, data.test_labels), schemes=_SCHEMES
-        )
+        images = calibration_images(data)
+        tests = whole_test_set(data, torch.device("cpu"))
+        losses, reports = compare_quantized(models, list(images.split(64)), tests, schemes=_SCHEMES)
         plot_sensitivity({LABELS[name]: report for name, report in reports.items()}, folder / "sensitivity.png")
         names = [layer.name for layer in reports["repvgg"].layers if layer.spread.centre is not None]
         layer = names[3 * len(names) // 4]  # deep, but not where a stage begins

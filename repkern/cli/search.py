@@ -13,9 +13,9 @@ from rich.console import Console
 from repkern.cli import _console
 from repkern.cli._console import percent
 from repkern.cli._models import AsJson
-from repkern.cli.quickstart import Device
-from repkern.cli.repopt import (
+from repkern.cli._options import (
     Data,
+    Device,
     DeviceOption,
     Fresh,
     Model,
@@ -24,12 +24,16 @@ from repkern.cli.repopt import (
     Seed,
     Size,
     Threads,
+    check_extras,
     check_model,
-    chosen,
+    chosen_mode,
+    images_and_network,
+    images_of,
+    network_of,
 )
 
 if TYPE_CHECKING:
-    from repkern.train.repopt import RepOptConfig
+    from repkern.train.repopt import RepOptRecipe
     from repkern.train.runs import Run
 
 __all__ = ["app"]
@@ -72,44 +76,47 @@ def hyper(
 
     repkern search hyper --model repopt_vgg_b1 --data cifar100 --epochs 240
     """
-    mode = chosen(resume, fresh, data)
-    given = {
-        "search_epochs": epochs, "seed": seed, "threads": threads, "image_size": image_size,
-        "data": None if data is None else str(data.absolute()), "model": model,
-    }  # fmt: skip
+    mode = chosen_mode(resume, fresh)
+    needed = {"accelerate": "Accelerate", "pydantic": "pydantic"} | ({} if data else {"sklearn": "scikit-learn"})
+    check_extras("search", needed, "quickstart")
     check_model(model)
-    _hyper(device, out, {name: value for name, value in given.items() if value is not None}, mode, as_json)
+    given = {
+        "search_epochs": epochs, "train.seed": seed, "train.threads": threads,
+        **images_and_network(data, image_size, model),
+    }  # fmt: skip
+    _hyper(device, out, given, mode, as_json)
 
 
 def _hyper(device: Device, out: Path, given: dict[str, Any], mode: str, as_json: bool) -> None:
-    from repkern.cli._runs import settings, training_run
-    from repkern.train.repopt import RepOptConfig
+    from repkern.cli._runs import recipe_for, training_run
+    from repkern.train.repopt import RepOptRecipe
 
-    config, named = settings(RepOptConfig, device, given)
+    recipe, named = recipe_for("repopt", RepOptRecipe, device, given)
     to = Console(stderr=True, highlight=False) if as_json else _console.console()
-    with training_run(out, config, mode, named, command="repkern search hyper", default=_OUT, to=to) as run:
+    with training_run(out, recipe, mode, named, command="repkern search hyper", default=_OUT, to=to) as run:
         summary = _work(to, run)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
 
 
-def _work(to: Console, run: Run[RepOptConfig]) -> dict[str, Any]:
+def _work(to: Console, run: Run[RepOptRecipe]) -> dict[str, Any]:
     from repkern.cli._progress import training_progress
     from repkern.cli._runs import shown, started
-    from repkern.train.repopt import SCALES, load_data, run_hyper_search
+    from repkern.train.build import build_data
+    from repkern.train.repopt import SCALES, run_hyper_search
     from repkern.train.reproducible import deterministic
 
-    config = run.config
-    started(to, run, f"the scales of {config.model or 'a small VGG'} on {config.data or 'scanned 8x8 digits'},")
-    with contextlib.ExitStack() as bars, deterministic(config.threads):
+    recipe = run.recipe
+    started(to, run, f"the scales of {network_of(recipe)} on {images_of(recipe)},")
+    with contextlib.ExitStack() as bars, deterministic(recipe.train.threads):
         progress = bars.enter_context(training_progress(to))
         scales, rows = run_hyper_search(
-            config, load_data(config), run.path, callbacks=lambda name: [progress(f"{name:<8}")]
+            recipe, build_data(recipe), run.path, callbacks=lambda name: [progress(f"{name:<8}")]
         )
     means = {name: round(scale.double().mean().item(), 4) for name, scale in scales.items()}
     summary = {
         "scales": str(run.path / SCALES), "layers": len({name.rpartition(".")[0] for name in scales}),
-        "accuracy": rows[-1]["test_accuracy"], "means": means, "config": config.to_dict(),
+        "accuracy": rows[-1]["test_accuracy"], "means": means, "recipe": recipe.model_dump(mode="json"),
     }  # fmt: skip
     run.finish(summary)
     to.print(

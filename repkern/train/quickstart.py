@@ -6,23 +6,24 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from repkern.data import DataSource
 from repkern.models.digits import DigitsNet, save_digits_net
-from repkern.nn import reparameterize, replace_convs
-from repkern.train.config import TrainConfig
-from repkern.train.data import DigitsData, TensorBatches, load_digits
-from repkern.train.engine import Callback, Trainer
+from repkern.nn import reparameterize
+from repkern.train.build import build_data, build_trainer
+from repkern.train.callbacks import Callback
+from repkern.train.distributed import Runtime
 from repkern.train.measure import median_times, paired_times, training_memory, training_step
-from repkern.train.reproducible import deterministic, seed_everything
-from repkern.train.schedule import warmup_cosine
+from repkern.train.optimizers import make_optimizer
+from repkern.train.recipe import Recipe, ReplaceRecipe
+from repkern.train.reproducible import deterministic
 
-__all__ = ["FORMS", "QuickstartConfig", "run_quickstart"]
+__all__ = ["FORMS", "form_of", "run_quickstart", "whole_test_set"]
 
 FORMS = ("plain", "orepa")
 
@@ -30,22 +31,8 @@ _STEP_ROUNDS = 21
 _LATENCY_ROUNDS = 101
 
 
-@dataclass(frozen=True)
-class QuickstartConfig(TrainConfig):
-    """Settings of `repkern quickstart`. `augment` is the strength of `data.random_affine`."""
-
-    epochs: int = 32
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    label_smoothing: float = 0.1
-    warmup_epochs: int = 2
-    widths: tuple[int, ...] = (64, 128)
-    blocks: int = 2
-    augment: float = 1.0
-
-
 def run_quickstart(
-    config: QuickstartConfig,
+    recipe: Recipe,
     folder: Path,
     *,
     callbacks: Callable[[str], Sequence[Callback]] = lambda name: (),
@@ -54,67 +41,45 @@ def run_quickstart(
     """Train both networks in `folder`, continuing what is there; deploy, save plain.safetensors, measure.
 
     `callbacks(name)` is asked for each of FORMS; `say` receives one line at the start of each later stage. Returns
-    the summary of the run as JSON values. Raises engine.Interrupted, CheckpointError and MissingExtraError.
+    the summary of the run as JSON values. Raises Interrupted, CheckpointError and MissingExtraError.
     """
     began = time.perf_counter()
-    with deterministic(config.threads):
-        data = load_digits()
+    with deterministic(recipe.train.threads or None), Runtime(recipe.train) as runtime:
+        data = build_data(recipe)
         models: dict[str, nn.Module] = {}
         rows: dict[str, list[dict[str, Any]]] = {}
         for name in FORMS:
-            trainer = make_trainer(name, config, data, folder / name, callbacks(name))
+            form = form_of(name, recipe)
+            trainer = build_trainer(form, data, folder=folder / name, callbacks=callbacks(name), runtime=runtime)
             trainer.resume()
             rows[name] = trainer.fit()
             models[name] = trainer.model.eval()
-        summary = _deploy(models, config, data, folder, say)
-        summary.update(_measure(models, config, data, say))
+        summary = _deploy(models, recipe, data, runtime.device, folder, say)
+        summary.update(_measure(models, recipe, data, runtime.device, say))
     summary["accuracy"] = {**{name: rows[name][-1]["test_accuracy"] for name in FORMS}, **summary["accuracy"]}
     summary["training_seconds"] = {name: round(sum(row["seconds"] for row in rows[name]), 1) for name in FORMS}
     summary["total_seconds"] = round(time.perf_counter() - began, 1)
-    summary["config"] = config.to_dict()
+    summary["recipe"] = recipe.model_dump(mode="json")
     return summary
 
 
-def make_model(name: str, config: QuickstartConfig) -> nn.Module:
-    """The network called `name` in FORMS with its initial values, which depend on the seed alone."""
-    seed_everything(config.seed)
-    model: nn.Module = DigitsNet(config.widths, config.blocks)
-    return model if name == "plain" else replace_convs(model)
+def form_of(name: str, recipe: Recipe) -> Recipe:
+    """The recipe of the network called `name` in FORMS: the same but for its convolutions."""
+    replace = None if name == "plain" else ReplaceRecipe(block="OREPAConv2d")
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"replace": replace})})
 
 
-def make_trainer(
-    name: str, config: QuickstartConfig, data: DigitsData, folder: Path | None, callbacks: Sequence[Callback] = ()
-) -> Trainer:
-    """Everything one of the two trainings needs, at epoch 0."""
-    model = make_model(name, config).to(config.device)
-    source = TensorBatches(data, config.batch_size, seed=config.seed, augment=config.augment, device=config.device)
-    optimizer = make_optimizer(model, config)
-    steps = config.epochs * source.steps_per_epoch
-    warmup = min(config.warmup_epochs * source.steps_per_epoch, steps // 2)
-    return Trainer(
-        model,
-        source,
-        optimizer,
-        epochs=config.epochs,
-        loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        scheduler=warmup_cosine(optimizer, steps, warmup),
-        callbacks=callbacks,
-        folder=folder,
-    )
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; biases and norms are not decayed."""
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+def whole_test_set(data: DataSource, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The whole test set as one batch on `device`."""
+    batches = list(data.test_batches())
+    return torch.cat([b.images for b in batches]).to(device), torch.cat([b.labels for b in batches]).to(device)
 
 
 def _deploy(
     models: dict[str, nn.Module],
-    config: QuickstartConfig,
-    data: DigitsData,
+    recipe: Recipe,
+    data: DataSource,
+    device: torch.device,
     folder: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -122,7 +87,7 @@ def _deploy(
     from repkern import __version__
 
     say("Reparameterizing the OREPA network, checking that it still computes the same")
-    images, labels = data.test_images.to(config.device), data.test_labels.to(config.device)
+    images, labels = whole_test_set(data, device)
     deployed = reparameterize(models["orepa"], verify=images)
     assert isinstance(deployed, DigitsNet)
     models["deployed"] = deployed
@@ -130,7 +95,11 @@ def _deploy(
         trained_logits, deployed_logits = models["orepa"](images), deployed(images)
     accuracy = int((deployed_logits.argmax(1) == labels).sum()) / len(labels)
     save_digits_net(
-        deployed, folder / "plain.safetensors", test_accuracy=accuracy, repkern=__version__, config=config.to_dict()
+        deployed,
+        folder / "plain.safetensors",
+        test_accuracy=accuracy,
+        repkern=__version__,
+        recipe=recipe.model_dump(mode="json"),
     )
     return {
         "repkern": __version__,
@@ -143,27 +112,27 @@ def _deploy(
 
 
 def _measure(
-    models: dict[str, nn.Module], config: QuickstartConfig, data: DigitsData, say: Callable[[str], None]
+    models: dict[str, nn.Module], recipe: Recipe, data: DataSource, device: torch.device, say: Callable[[str], None]
 ) -> dict[str, Any]:
     say("Measuring step time, memory and latency, the networks taking turns")
-    images = data.train_images[: config.batch_size].to(config.device)
-    labels = data.train_labels[: config.batch_size].to(config.device)
-    loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    images, labels = next(data.train_batches(0))
+    images, labels, where = images.to(device), labels.to(device), device.type
+    loss = nn.CrossEntropyLoss(label_smoothing=recipe.loss.label_smoothing)
     steps: dict[str, Callable[[], None]] = {}
     peaks: dict[str, int] = {}
     for name in FORMS:
         model = copy.deepcopy(models[name]).train()
-        optimizer = make_optimizer(model, config)
+        optimizer = make_optimizer(model, recipe)
         steps[name] = training_step(model, optimizer, loss, images, labels)
-        peaks[name] = training_memory(model, optimizer, steps[name], config.device)
-    times = paired_times(steps, rounds=_STEP_ROUNDS, device=config.device)
+        peaks[name] = training_memory(model, optimizer, steps[name], where)
+    times = paired_times(steps, rounds=_STEP_ROUNDS, device=where)
     one = images[:1]
     with torch.inference_mode():
         latency = paired_times(
             {name: functools.partial(model, one) for name, model in models.items()},
             rounds=_LATENCY_ROUNDS,
             warmup=10,
-            device=config.device,
+            device=where,
         )
     return {
         "parameters": {n: sum(p.numel() for p in m.parameters()) for n, m in models.items()},

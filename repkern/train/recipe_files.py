@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
@@ -25,6 +25,8 @@ from repkern.train.recipe_tree import (
 )
 
 __all__ = ["Problem", "RecipeError", "list_recipes", "load_recipe", "recipe_from_text", "recipe_path"]
+
+RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 _VERSION = 1
 _SUFFIXES = (".yaml", ".yml")
@@ -78,22 +80,28 @@ def _other(name: str, beside: Path | None) -> str:
     return f"; did you mean {close}?" if close else ""
 
 
-def load_recipe(source: str | Path, changes: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path,
+    changes: Sequence[str] = (),
+    *,
+    kind: type[RecipeT] = Recipe,  # type: ignore[assignment]
+) -> RecipeT:
     """The recipe at a path or of a name, over what its `base` says, with `changes` ("optimizer.lr=0.05") on top.
 
     Mappings are merged field by field, everything else is replaced. RecipeError names every problem with its file,
     line and field: unknown fields (and what may have been meant), values of another kind, circles of bases, keys that
-    are there twice, and files that a newer version wrote.
+    are there twice, and files that a newer version wrote. kind: with further fields.
     """
     path = recipe_path(source)
     tree = _composed(path, ())
-    return _checked(_changed(tree, changes), path.stem)
+    return _checked(_changed(tree, changes, kind), path.stem, kind)
 
 
 def recipe_from_text(text: str, name: str = "", changes: Sequence[str] = (), *, folder: Path | None = None) -> Recipe:
     """As `load_recipe`, from the text of a file. folder: what a relative `base` is relative to."""
     shown = name or "recipe"
-    return _checked(_changed(_based(parse_yaml(text, shown), shown, folder, ()), changes), name)
+    tree = _based(parse_yaml(text, shown), shown, folder, ())
+    return _checked(_changed(tree, changes, Recipe), name, Recipe)
 
 
 def _composed(path: Path, chain: tuple[Path, ...]) -> Located:
@@ -139,7 +147,7 @@ def _check_version(fields: Mapping[str, Located], shown: str) -> None:
         )
 
 
-def _changed(tree: Located, changes: Sequence[str]) -> Located:
+def _changed(tree: Located, changes: Sequence[str], kind: type[Recipe]) -> Located:
     problems = []
     for change in changes:
         place = f"--set {change}"
@@ -148,10 +156,10 @@ def _changed(tree: Located, changes: Sequence[str]) -> Located:
         try:
             if not equals or not name.strip():
                 raise RecipeError([Problem(place, "", "needs a field and a value: --set optimizer.lr=0.05")])
-            keys = find_field(Recipe, path)
+            keys = find_field(kind, path)
             tree = merged(tree, _nested(keys, parse_value(text, place)))
         except KeyError as error:
-            problems.append(Problem(place, error.args[0], _unknown(error.args[0].split("."))))
+            problems.append(Problem(place, error.args[0], _unknown(error.args[0].split("."), kind)))
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -165,14 +173,14 @@ def _nested(keys: Sequence[str], value: Located) -> Located:
     return value
 
 
-def _checked(tree: Located, name: str) -> Recipe:
+def _checked(tree: Located, name: str, kind: type[RecipeT]) -> RecipeT:
     values = plain(tree)
     values.setdefault("name", name)
     try:
         # As JSON, because there alone can "no text where a number is needed" and "a list is a tuple" be had together.
-        return Recipe.model_validate_json(json.dumps(values), strict=True)
+        return kind.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        problems = [_problem(tree, found) for found in error.errors(include_url=False)]
+        problems = [_problem(tree, found, kind) for found in error.errors(include_url=False)]
         raise RecipeError(sorted(problems, key=_by_line)) from None
 
 
@@ -181,16 +189,16 @@ def _by_line(problem: Problem) -> tuple[str, int]:
     return (file, int(line)) if line.isdigit() else (problem.place, 0)
 
 
-def _problem(tree: Located, found: Mapping[str, Any]) -> Problem:
+def _problem(tree: Located, found: Mapping[str, Any], schema: type[Recipe]) -> Problem:
     path: tuple[str | int, ...] = tuple(found["loc"])
     field = ".".join(map(str, path))
-    return Problem(place_of(tree, path), field, _reason(path, found))
+    return Problem(place_of(tree, path), field, _reason(path, found, schema))
 
 
-def _reason(path: Sequence[str | int], found: Mapping[str, Any]) -> str:
+def _reason(path: Sequence[str | int], found: Mapping[str, Any], schema: type[Recipe]) -> str:
     kind, got = found["type"], found["input"]
     if kind == "extra_forbidden":
-        return _unknown([str(part) for part in path])
+        return _unknown([str(part) for part in path], schema)
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
@@ -209,8 +217,8 @@ def _reason(path: Sequence[str | int], found: Mapping[str, Any]) -> str:
     return f"{message}, got {got!r:.80}"
 
 
-def _unknown(path: Sequence[str]) -> str:
-    meant = suggestion(Recipe, path)
+def _unknown(path: Sequence[str], schema: type[Recipe]) -> str:
+    meant = suggestion(schema, path)
     return "there is no such field" + (f"; did you mean {meant}?" if meant else "")
 
 

@@ -163,11 +163,12 @@ class _Converter:
 
 
 def merged(base: Located, over: Located) -> Located:
-    """`over` laid over `base`: mappings are merged field by field; lists, scalars and null take the place of what was.
+    """`over` laid over `base`: mappings are merged field by field; lists, scalars, null and an empty mapping take the
+    place of what was.
 
     Where both are mappings, the place is that of `over`.
     """
-    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict) or not over.value:
         return over
     fields = dict(base.value)
     for name, value in over.value.items():

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from repkern.models.files import explained
-from repkern.train.config import TrainConfig
 from repkern.train.files import write_atomically
+from repkern.train.recipe import Recipe
+from repkern.train.recipe_compare import recipe_differences, setting
 
-__all__ = ["Run", "RunError", "open_run"]
+__all__ = ["Run", "RunError", "open_run", "read_recipe"]
 
-ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+RecipeT = TypeVar("RecipeT", bound=Recipe)
 
-_CONFIG = "config.json"
+_RECIPE = "recipe.json"
 _SUMMARY = "summary.json"
 
 
@@ -28,11 +29,11 @@ class RunError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run(Generic[ConfigT]):
+class Run(Generic[RecipeT]):
     """A folder that is ours until the end of the `with` block. `notes` are lines the user should see."""
 
     path: Path
-    config: ConfigT
+    recipe: RecipeT
     resumed: bool
     notes: Sequence[str] = ()
 
@@ -43,13 +44,13 @@ class Run(Generic[ConfigT]):
 
 @contextlib.contextmanager
 def open_run(
-    base: Path, config: ConfigT, mode: Literal["auto", "resume", "fresh"] = "auto", given: Sequence[str] = ()
-) -> Iterator[Run[ConfigT]]:
+    base: Path, recipe: RecipeT, mode: Literal["auto", "resume", "fresh"] = "auto", given: Sequence[str] = ()
+) -> Iterator[Run[RecipeT]]:
     """Choose, make and lock a run folder: `base`, or `base-2`, `base-3`, ... when that is taken.
 
-    auto: continue the newest run with the settings `config` if it is unfinished, else start a new one.
-    resume: continue the newest unfinished run with the settings it has; RunError when there is none or when a setting
-    named in `given` differs. fresh: start a new one. A run is finished when it has a summary.json.
+    auto: continue the newest run with this recipe if it is unfinished, else start a new one.
+    resume: continue the newest unfinished run with the recipe it has; RunError when there is none or when a setting
+    named in `given` ("train.epochs") differs. fresh: start a new one. A run is finished when it has a summary.json.
     """
     base = base.absolute()
     if base.exists() and not base.is_dir():
@@ -58,16 +59,16 @@ def open_run(
     chosen = None
     if mode == "resume":
         chosen = _unfinished(base)
-        config = _stored_settings(chosen, config, given)
+        recipe = _stored(chosen, recipe, given)
     elif mode == "auto":
-        chosen = _same_and_unfinished(base, config, notes)
+        chosen = _same_and_unfinished(base, recipe, notes)
     path = chosen or _next_free(base)
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         if chosen is None:
-            config.save(path / _CONFIG)
-        yield Run(path, config, chosen is not None, notes)
+            write_atomically(path / _RECIPE, recipe.to_json())
+        yield Run(path, recipe, chosen is not None, notes)
 
 
 def _existing(base: Path) -> list[Path]:
@@ -92,7 +93,7 @@ def _next_free(base: Path) -> Path:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return (path / _CONFIG).is_file() and not (path / _SUMMARY).exists()
+    return (path / _RECIPE).is_file() and not (path / _SUMMARY).exists()
 
 
 def _unfinished(base: Path) -> Path:
@@ -102,30 +103,46 @@ def _unfinished(base: Path) -> Path:
     raise RunError(f"there is no unfinished run to resume at {base}")
 
 
-def _stored_settings(path: Path, config: ConfigT, given: Sequence[str]) -> ConfigT:
-    stored = type(config).load(path / _CONFIG)
-    wrong = [name for name in given if getattr(stored, name) != getattr(config, name)]
+def read_recipe(path: Path, kind: type[RecipeT]) -> RecipeT:
+    """The recipe in the run folder `path`. ValueError, with the path, when it is something else."""
+    path = path / _RECIPE
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        lines = "; ".join(line.strip() for line in str(error).splitlines() if "https://" not in line)
+        raise ValueError(f"{path} does not hold the recipe of a run: {lines[:300]}") from None
+
+
+def _stored(path: Path, recipe: RecipeT, given: Sequence[str]) -> RecipeT:
+    stored = read_recipe(path, type(recipe))
+    has, wanted = stored.model_dump(mode="json"), recipe.model_dump(mode="json")
+    wrong = [name for name in given if setting(has, name) != setting(wanted, name)]
     if wrong:
-        has = ", ".join(f"{name} {getattr(stored, name)}, not {getattr(config, name)}" for name in wrong)
-        raise RunError(f"the unfinished run {path} has {has}; leave that option out, or start anew with --fresh")
+        shown = ", ".join(f"{name} {setting(has, name)}, not {setting(wanted, name)}" for name in wrong)
+        raise RunError(f"the unfinished run {path} has {shown}; leave that option out, or start anew with --fresh")
     return stored
 
 
-def _same_and_unfinished(base: Path, config: ConfigT, notes: list[str]) -> Path | None:
+def _same_and_unfinished(base: Path, recipe: RecipeT, notes: list[str]) -> Path | None:
     for path in _existing(base):
-        if not (path / _CONFIG).is_file():
+        if not (path / _RECIPE).is_file():
             continue
         try:
-            differences = type(config).load(path / _CONFIG).differences(config)
+            stored = read_recipe(path, type(recipe))
         except ValueError as error:
             notes.append(f"Left alone: {error}")
             continue
+        # Where and how often it is saved does not make it another run; the number of threads changes its last bits.
+        differences = recipe_differences(
+            stored.model_dump(mode="json"), recipe.model_dump(mode="json"), free=("checkpoint", "about")
+        )
         if not differences:
             return path if _is_unfinished(path) and not _is_locked(path) else None
         if _is_unfinished(path):
-            notes.append(
-                f"Left alone: the unfinished run {path.name} has {'; '.join(differences)} (--resume continues it)"
-            )
+            shown = "; ".join(differences[:6])
+            notes.append(f"Left alone: the unfinished run {path.name} has {shown} (--resume continues it)")
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,19 +12,13 @@ from torch import Tensor, nn
 from repkern.models.structure import apply_changes, changes_between
 from repkern.train.checkpoint import Checkpoint, CheckpointError
 from repkern.train.optimizers import load_optimizer, optimizer_state
+from repkern.train.recipe_compare import recipe_differences
 from repkern.train.reproducible import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from repkern.train.trainer import Trainer
 
-__all__ = ["Position", "capture", "outline", "recipe_differences", "restore"]
-
-# Settings that a resumed run may change: they move, save or show the training, and do not change what it computes
-# (but for the last bits of sums, where the number of threads or processes or the device differs).
-_FREE = (
-    *("name", "about", "paper", "checkpoint", "data.root", "data.workers"),
-    *("train.device", "train.threads", "train.compile", "train.strategy", "train.accumulate"),
-)
+__all__ = ["Position", "capture", "outline", "restore"]
 
 
 class Position(NamedTuple):
@@ -149,21 +143,3 @@ def _check_same(trainer: Trainer, state: Mapping[str, Any]) -> None:
             f"the checkpoint is of a run with other settings: {'; '.join(differing[:6])}"
             f"{f' and {len(differing) - 6} more' if len(differing) > 6 else ''}"
         )
-
-
-def recipe_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that changes what is computed: "train.epochs 24, not 3" (saved, wanted)."""
-    before, after = dict(_flat(saved)), dict(_flat(wanted))
-    return [
-        f"{name} {before.get(name)!r}, not {after.get(name)!r}"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name) and not any(name == f or name.startswith(f + ".") for f in _FREE)
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, list(value) if isinstance(value, tuple) else value

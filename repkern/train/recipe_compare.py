@@ -1,0 +1,41 @@
+"""Which settings of two runs differ, and which of them a resumed run may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["FREE", "recipe_differences", "setting"]
+
+#: What moves, saves or shows a training without changing what it computes (but for the last bits of sums, where the
+#: number of threads or processes or the device differs).
+FREE = (
+    *("name", "about", "paper", "checkpoint", "data.root", "data.workers", "optimizer.scales"),
+    *("train.device", "train.threads", "train.compile", "train.strategy", "train.accumulate"),
+)
+
+
+def recipe_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Sequence[str] = FREE) -> list[str]:
+    """One line for each setting that differs, apart from those in `free`: "train.epochs 24, not 3" (saved, wanted)."""
+    before, after = dict(_flat(saved)), dict(_flat(wanted))
+    return [
+        f"{name} {before.get(name)!r}, not {after.get(name)!r}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name) and not any(name == f or name.startswith(f + ".") for f in free)
+    ]
+
+
+def setting(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted name, None when it is not there."""
+    found: Any = values
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
