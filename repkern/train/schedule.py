@@ -51,7 +51,7 @@ def learning_rate_factor(recipe: ScheduleRecipe, *, steps: int, steps_per_epoch:
     if steps < 1 or steps_per_epoch < 1:
         raise ValueError(f"steps and steps_per_epoch must be at least 1, got {steps} and {steps_per_epoch}")
     if recipe.name == "onecycle":
-        return lambda step: _onecycle(min(step, steps) / steps)
+        return lambda step: _onecycle(min(step, steps - 1), steps)
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), steps // 2)
     milestones = sorted(round(epoch * steps_per_epoch) for epoch in recipe.milestones)
 
@@ -74,7 +74,9 @@ def _falling(recipe: ScheduleRecipe, done: float) -> float:
     return (1 - done) ** (recipe.power if recipe.name == "poly" else 1.0)
 
 
-def _onecycle(done: float) -> float:
+def _onecycle(step: int, steps: int) -> float:
     rising, first, last = _ONECYCLE
-    start, end, part = (first, 1.0, done / rising) if done < rising else (1.0, last, (done - rising) / (1 - rising))
+    top = rising * steps - 1
+    start, end, begin, length = (first, 1.0, 0.0, top) if step <= top else (1.0, last, top, steps - 1 - top)
+    part = (step - begin) / length if length > 0 else 1.0
     return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
