@@ -89,9 +89,23 @@ class CheckpointFolder:
         """
         with explained(self.path(step)):
             self._save(step, checkpoint)
-        for old in self._expendable():
-            shutil.rmtree(self.path(old), ignore_errors=True)
+        for old in self._expendable(step):
+            self._delete(old)
         return self.path(step)
+
+    def set_aside(self, step: int) -> None:
+        """Rename the damaged checkpoint of `step`, so that it neither counts nor is deleted."""
+        with contextlib.suppress(OSError):  # in a read-only folder it stays
+            aside = self.folder / f"damaged_{self.path(step).name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(step).rename(aside)
+
+    def _delete(self, step: int) -> None:
+        # Out of sight first: what a killed process leaves half deleted must not look like a checkpoint.
+        gone = self.folder / f".{self.path(step).name}.{os.getpid()}.tmp"
+        with contextlib.suppress(OSError):
+            self.path(step).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _save(self, step: int, checkpoint: Checkpoint) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,16 +131,17 @@ class CheckpointFolder:
             self.path(step).rename(before)
         try:
             new.rename(self.path(step))
-        except OSError:
-            if before.exists():
+        except BaseException:  # also a second Ctrl-C
+            if before.exists() and not self.path(step).exists():
                 before.rename(self.path(step))
             raise
         shutil.rmtree(before, ignore_errors=True)
 
-    def _expendable(self) -> list[int]:
+    def _expendable(self, written: int) -> list[int]:
+        """What is not to be kept, now that the checkpoint of step `written` is there."""
         steps = self.steps()
         notes = {step: self._notes(step) for step in steps}
-        kept = set(steps[-self._keep :])
+        kept = {written, *steps[-self._keep :]}
         ended = {step: note["epoch"] for step, note in notes.items() if type(note.get("epoch")) is int}
         if self._keep_every:
             kept |= {step for step, epoch in ended.items() if epoch % self._keep_every == 0}
@@ -137,7 +152,9 @@ class CheckpointFolder:
     def best(self) -> int | None:
         """The step with the highest metric in its notes, the earliest of equals; None when no checkpoint has one."""
         metrics = {step: self._notes(step).get("metric") for step in self.steps()}
-        known = {step: metric for step, metric in metrics.items() if isinstance(metric, int | float)}
+        known = {
+            step: metric for step, metric in metrics.items() if isinstance(metric, int | float) and metric == metric
+        }
         return max(known, key=lambda step: (known[step], -step)) if known else None
 
     def _notes(self, step: int) -> dict[str, Any]:
