@@ -10,6 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from repkern.train.callbacks import StructureChanged
 from repkern.train.recipe import EMARecipe
+from repkern.train.slots import Slots, buffer_slots, parameter_slots
 
 __all__ = ["MovingAverage"]
 
@@ -24,28 +25,38 @@ class MovingAverage:
         self._recipe = recipe
         self.module = copy.deepcopy(model).eval()
         self.module.requires_grad_(False)
+        self._pairs: list[tuple[Slots, Slots]] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Average `model` from here on. RuntimeError when it has another structure than `module`.
+
+        To be called again after a change of either: `update` looks nothing up by name.
+        """
+        self._pairs = []
+        for kind, slots in (("parameters", parameter_slots), ("buffers", buffer_slots)):
+            own, theirs = ([name for name, _ in getattr(m, f"named_{kind}")()] for m in (self.module, model))
+            differing = sorted(set(own) ^ set(theirs))
+            if differing:
+                raise RuntimeError(
+                    f"the moving average and the model differ in {', '.join(differing[:4])}: after a change of the "
+                    "network call Trainer.structure_changed"
+                )
+            self._pairs.append((slots(self.module, own), slots(model, own)))
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """After step number `step` (from 1). RuntimeError for a model of another structure."""
+    def update(self, step: int) -> None:
+        """After step number `step` (from 1) of the attached model."""
         if step % self._recipe.every:
             return
-        own, theirs = dict(self.module.named_parameters()), dict(model.named_parameters())
-        if own.keys() != theirs.keys():
-            differing = sorted(own.keys() ^ theirs.keys())
-            raise RuntimeError(
-                f"the moving average and the model differ in {', '.join(differing[:4])}: after a change of the network "
-                "call Trainer.structure_changed"
-            )
+        (parameters, their_parameters), (buffers, their_buffers) = self._pairs
         decay = self._recipe.decay
         if self._recipe.warmup:
             updates = step // self._recipe.every
             decay = min(decay, (1 + updates) / (10 + updates))
         average = get_ema_multi_avg_fn(decay)
-        average([own[name] for name in own], [theirs[name].detach() for name in own], None)
-        buffers = dict(model.named_buffers())
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(buffers[name])
+        average(parameters.tensors(), [parameter.detach() for parameter in their_parameters.tensors()], None)
+        if buffers.places:
+            torch._foreach_copy_(buffers.tensors(), their_buffers.tensors())
 
     def follow(self, model: nn.Module, change: StructureChanged) -> None:
         """Make the change that was made on `model`."""

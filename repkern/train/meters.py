@@ -55,7 +55,9 @@ class Meters:
     def load(self, states: Sequence[dict[str, Any]], rank: int, world: int) -> None:
         """The inverse, given the states of all processes; with another number of them the first takes all sums."""
         if len(states) != world:
-            states = [_added(states), *({"updates": 0, "sums": {}} for _ in range(world - 1))]
+            added = _added(states)
+            # All must agree on whether anything was counted: `compute` waits for every process.
+            states = [added, *({**added, "sums": {}} for _ in range(world - 1))]
         self._updates = int(states[rank]["updates"])
         if states[rank]["sums"]:
             self._metrics.load_state_dict(states[rank]["sums"])

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from repkern.models.files import explained
 from repkern.train.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from repkern.train.metrics import MetricsLog
 from repkern.train.recipe import CheckpointRecipe
@@ -37,7 +36,8 @@ class Saving:
             folder / "checkpoints", keep=recipe.keep, keep_every=recipe.keep_every, best=recipe.best
         )
         if main:
-            folder.mkdir(parents=True, exist_ok=True)
+            with explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             self._checkpoints.tidy()
 
     @property
@@ -49,9 +49,23 @@ class Saving:
         """Where the checkpoint of `step` is or would be."""
         return None if self._checkpoints is None else self._checkpoints.path(step)
 
-    def begin(self) -> None:
-        """Time counts from here on."""
+    def begin(self, step: int, rows: Sequence[dict[str, Any]]) -> str:
+        """Time counts from here on. Returns what is wrong with the folder for a run at `step`, "" when nothing is."""
         self._at = time.monotonic()
+        if self._checkpoints is None or self._log is None or not self._main:
+            return ""
+        later = [other for other in self._checkpoints.steps() if other > step]
+        if later:
+            return (
+                f"{self._checkpoints.path(later[-1])} is later than this run, which is at step {step}: resume it, or "
+                "choose another folder"
+            )
+        try:
+            # A folder that cannot be written to should be known now, not after the first epoch.
+            self._log.write(rows)
+        except OSError as problem:
+            return str(problem)
+        return ""
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is wanted after `step` steps; time is measured by rank 0 alone."""
@@ -76,9 +90,6 @@ class Saving:
         self._at = time.monotonic()
         if self._checkpoints is None or not self._main:
             return None
-        if not all(bool(torch.isfinite(t).all()) for t in checkpoint.weights.values() if t.is_floating_point()):
-            self._say(f"step {step}: not saved, because weights or statistics of norms are not finite")
-            return None
         try:
             self.last = self._checkpoints.save(step, checkpoint)
         except OSError as problem:
@@ -87,19 +98,24 @@ class Saving:
         return self.last
 
     def newest(self) -> tuple[int, Checkpoint] | None:
-        """The newest checkpoint that is whole, with its step; damaged ones are named.
+        """The newest checkpoint that is whole, with its step; later ones are damaged, named and set aside.
 
         DamagedCheckpointError when there are only damaged ones.
         """
         if self._checkpoints is None or not self._main:
             return None
-        damaged: DamagedCheckpointError | None = None
+        damaged: list[tuple[int, DamagedCheckpointError]] = []
         for step in reversed(self._checkpoints.steps()):
             try:
-                return step, self._checkpoints.load(step)
+                found = self._checkpoints.load(step)
             except DamagedCheckpointError as error:
-                self._say(f"{error}; the checkpoint before it is used")
-                damaged = damaged or error
-        if damaged is not None:
-            raise damaged
+                damaged.append((step, error))
+                continue
+            for other, problem in damaged:
+                self._say(f"{problem}; step {step} is used, and the damaged one set aside")
+                self._checkpoints.set_aside(other)
+            return step, found
+        if damaged:
+            number = f"; so are {len(damaged) - 1} before it" if damaged[1:] else ""
+            raise DamagedCheckpointError(f"{damaged[0][1]}{number}, and there is no other")
         return None

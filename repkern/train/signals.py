@@ -6,11 +6,28 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-__all__ = ["StopRequest", "stop_requests"]
+if TYPE_CHECKING:
+    from repkern.train.state import Position
+
+__all__ = ["Interrupted", "StopNow", "StopRequest", "stop_requests"]
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+class Interrupted(Exception):  # not an error: a request that was honoured
+    """Ctrl-C or a signal arrived after `step` steps. `saved` is the newest checkpoint, None when there is none."""
+
+    def __init__(self, signal: str, position: Position, saved: Path | None) -> None:
+        super().__init__(f"{signal} after step {position.step}")
+        self.signal, self.position, self.saved = signal, position, saved
+
+
+class StopNow(Exception):
+    """A signal arrived and the current step is done."""
 
 
 class StopRequest:

@@ -18,34 +18,26 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repkern.data.batch import DataSource, Shard
+from repkern.models.structure import changes_between
 from repkern.train import state
 from repkern.train.callbacks import Callback, StructureChanged, check_names
+from repkern.train.checkpoint import CheckpointError
 from repkern.train.distributed import Runtime
+from repkern.train.divergence import TrainingDivergedError, check_weights, clip_gradients, diverged
 from repkern.train.ema import MovingAverage
+from repkern.train.evaluation import epoch_row, evaluate
 from repkern.train.meters import Meters
 from repkern.train.optimizers import follow_structure, make_optimizer
 from repkern.train.recipe import TrainingRecipe
 from repkern.train.reproducible import deterministic
 from repkern.train.saving import Saving
 from repkern.train.schedule import Schedule
-from repkern.train.signals import StopRequest, stop_requests
+from repkern.train.signals import Interrupted, StopNow, StopRequest, stop_requests
 from repkern.train.snapshot import BufferSnapshot
 from repkern.train.state import Position
 from repkern.train.task import Classification, Result, Task
 
 __all__ = ["Interrupted", "Trainer", "TrainingDivergedError"]
-
-
-class Interrupted(Exception):  # not an error: a request that was honoured
-    """Ctrl-C or a signal arrived after `step` steps. `saved` is the newest checkpoint, None when there is none."""
-
-    def __init__(self, signal: str, position: Position, saved: Path | None) -> None:
-        super().__init__(f"{signal} after step {position.step}")
-        self.signal, self.position, self.saved = signal, position, saved
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no longer finite."""
 
 
 class Trainer:
@@ -77,9 +69,7 @@ class Trainer:
         self.runtime = runtime or Runtime(recipe.train)
         self.recipe, self.data, self.callbacks = recipe, data, list(callbacks)
         self.shard = Shard(self.runtime.rank, self.runtime.world, recipe.train.accumulate)
-        self.model = model.to(self.runtime.device)
-        if recipe.train.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = self.placed(model)
         self.origin = state.outline(self.model)
         self.optimizers = dict(optimizers or {"weights": make_optimizer(self.model, recipe)})
         self.average = None if recipe.ema is None else MovingAverage(self.model, recipe.ema)
@@ -95,7 +85,15 @@ class Trainer:
         )
         self._request = StopRequest()
         self._meters: Meters | None = None
+        self._dtype = torch.float32
         self._wrapped: nn.Module | None = None
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """`model` itself, on the device and in the memory format of this training."""
+        model.to(self.runtime.device)
+        if self.recipe.train.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
 
     # Where it is -------------------------------------------------------------------------------------------------
 
@@ -126,6 +124,11 @@ class Trainer:
         return self.position.step
 
     @property
+    def saved(self) -> Path | None:
+        """The newest checkpoint that this run wrote or continued from."""
+        return self._saving.last
+
+    @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
         return self.epoch >= self.epochs
@@ -142,31 +145,38 @@ class Trainer:
     def fit(self) -> list[dict[str, Any]]:
         """Train to the end; returns one row of metrics for each epoch.
 
-        Raises Interrupted when a signal arrived (all is saved then), TrainingDivergedError when the loss stays not
-        finite, DistributedError when another process died.
+        Raises Interrupted when a signal arrived (all is saved then), TrainingDivergedError when loss or weights do not
+        stay finite, CheckpointError for a folder that cannot be written to or that holds later checkpoints,
+        DistributedError when another process died.
         """
         settings = self.recipe.train
         with contextlib.ExitStack() as stack:
             if settings.deterministic or settings.threads:
                 stack.enter_context(deterministic(settings.threads or None, algorithms=settings.deterministic))
+            stack.callback(self._end)
             self._request = stack.enter_context(stop_requests())
-            stack.callback(self._unwrap)
-            self._begin()
             try:
-                while not self.done:
-                    self._run_epoch()
-            except _Stop:
-                if self._saving.last is None or self._saving.last != self._saving.path(self.step):
-                    self.save()
-                raise Interrupted(self._request.name or "a signal", self.position, self._saving.last) from None
+                self._begin()
+                self._run()
             except KeyboardInterrupt:
                 raise Interrupted("SIGINT", self.position, self._saving.last) from None
         return self.rows
 
+    def _run(self) -> None:
+        try:
+            while not self.done:
+                self._run_epoch()
+        except StopNow:
+            if self._saving.last is None or self._saving.last != self._saving.path(self.step):
+                self.save()
+            raise Interrupted(self._request.name or "a signal", self.position, self._saving.last) from None
+
     def _begin(self) -> None:
+        problem = self.runtime.broadcast(self._saving.begin(self.step, self.rows))
+        if problem:
+            raise CheckpointError(problem)
         self._wrap()
         self._began = time.monotonic()
-        self._saving.begin()
         self._emit("on_fit_start")
 
     def _wrap(self) -> None:
@@ -174,9 +184,13 @@ class Trainer:
         self._wrapped = self.runtime.wrap(self.model)
         self._schedule.set(self.step)
         self._buffers = BufferSnapshot(self.model)
+        self._dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        if self.average is not None:
+            self.average.attach(self.model)
 
-    def _unwrap(self) -> None:
+    def _end(self) -> None:
         self._wrapped = None
+        self._request = StopRequest()
 
     def _run_epoch(self) -> None:
         self._train_mode()
@@ -203,19 +217,19 @@ class Trainer:
         self._buffers.take()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        results = [self._piece(next(batches), index) for index in range(self.shard.accumulate)]
-        finite = all(bool(torch.isfinite(result.loss)) for result, _ in results)
+        results = [self._piece(next(batches, None), index) for index in range(self.shard.accumulate)]
+        finite = all(math.isfinite(result.loss.item()) for result, _ in results)
         bad, stop, due = self.runtime.agree([not finite, bool(self._request), self._saving.due(self.step + 1)])
         if bad:
-            self._skip()
-        else:
-            self._update(results)
+            self._skip("the loss")
+        elif not self._update(results):
+            self._skip("the gradient")
         epoch, in_epoch, step = self.position
         self.position = Position(epoch, in_epoch + 1, step + 1)
         self._schedule.set(self.step)
         self._emit("on_step_end")
         if stop:
-            raise _Stop
+            raise StopNow
         # At the end of an epoch the checkpoint waits for the test.
         if due and self.position.step_in_epoch < self._steps_of_this_epoch() and not self.skipped_in_a_row:
             self.save()
@@ -223,7 +237,12 @@ class Trainer:
     def _piece(self, batch: Any, index: int) -> tuple[Result, Any]:
         """Forward and backward of one part of this process's part of a batch."""
         assert self._wrapped is not None
-        batch = self._placed(batch)
+        if batch is None:
+            raise RuntimeError(
+                f"the data ended at step {self.position.step_in_epoch + 1} of epoch {self.epoch + 1}, which should "
+                f"have {self.steps_per_epoch} steps of {self.shard.accumulate} batches"
+            )
+        batch = self.place(batch)
         pieces = self.shard.accumulate
         with self.runtime.piece(self._wrapped, last=index == pieces - 1):
             with self.runtime.autocast():
@@ -231,55 +250,47 @@ class Trainer:
             self.runtime.backward(result.loss / pieces if pieces > 1 else result.loss)
         return result._replace(loss=result.loss.detach()), batch
 
-    def _update(self, results: Sequence[tuple[Result, Any]]) -> None:
+    def _update(self, results: Sequence[tuple[Result, Any]]) -> bool:
+        """Step the optimizers; False, and nothing is stepped, when the norm of the gradient is known and not finite."""
         optimizers = list(self.optimizers.values())
         self.runtime.unscale(optimizers)
         self._emit("on_gradients")
-        self._clip()
+        # An fp16 gradient that overflowed is the scaler's affair: it leaves the step out and scales less.
+        if not clip_gradients(self.optimizers["weights"], self.recipe.train) and not self.runtime.scaler_state():
+            return False
         self.runtime.step(optimizers)
         self.runtime.update_scale()
         self.skipped_in_a_row = 0
         if self.average is not None:
-            self.average.update(self.model, self.step + 1)
+            self.average.update(self.step + 1)
         assert self._meters is not None
         for result, batch in results:
             self._meters.update(result, batch)
+        return True
 
-    def _clip(self) -> None:
-        settings = self.recipe.train
-        if not (settings.clip_norm or settings.clip_value):
-            return
-        parameters = [p for group in self.optimizers["weights"].param_groups for p in group["params"]]
-        if settings.clip_value:
-            nn.utils.clip_grad_value_(parameters, settings.clip_value)
-        if settings.clip_norm:
-            nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-
-    def _skip(self) -> None:
+    def _skip(self, what: str) -> None:
         """Give this step up: nothing is updated, and the statistics of norms are put back."""
         self._buffers.put_back()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
         self.skipped_in_a_row += 1
-        rate = self.optimizers["weights"].param_groups[0]["lr"]
+        check_weights(self)
         if self.skipped_in_a_row >= self.recipe.train.max_bad_steps:
-            last = self._saving.last
-            good = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
-            raise TrainingDivergedError(
-                f"the loss was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step + 1} of "
-                f"epoch {self.epoch + 1}; {good}; lower the learning rate ({rate:g})"
-            )
-        self.note(f"step {self.step + 1}: the loss is not finite; the step is skipped ({self.skipped} so far)")
+            raise diverged(self, f"{what} was not finite {self.skipped_in_a_row} times in a row")
+        self.note(f"step {self.step + 1}: {what} is not finite; the step is skipped ({self.skipped} so far)")
 
-    def _placed(self, batch: Any) -> Any:
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        return self.runtime.place(batch, dtype=dtype, channels_last=self.recipe.train.channels_last)
+    def place(self, batch: Any) -> Any:
+        """`batch` on the device, floating tensors in the dtype of the weights."""
+        return self.runtime.place(batch, dtype=self._dtype, channels_last=self.recipe.train.channels_last)
 
     # The end of an epoch -----------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> None:
-        row = self._row()
+        check_weights(self)
+        assert self._meters is not None
+        rate = self._schedule.rate(self.epoch * self.steps_per_epoch)
+        row = epoch_row(self, self._meters, rate, self._steps_of_this_epoch(), self._stop_alone)
         self._emit("on_epoch_end", row)
         self.position = Position(self.epoch + 1, 0, self.step)
         self._meters, self.elapsed_before, self._began = None, 0.0, time.monotonic()
@@ -289,43 +300,16 @@ class Trainer:
         if self.done or self.epoch % self.recipe.checkpoint.every_epochs == 0:
             self.save(metric=row.get(self.task.best))
         if self.runtime.agree([bool(self._request)])[0] and not self.done:
-            raise _Stop
+            raise StopNow
 
-    def _row(self) -> dict[str, Any]:
-        assert self._meters is not None
-        steps, epoch = self._steps_of_this_epoch(), self.epoch + 1
-        row: dict[str, Any] = {"epoch": epoch, "step": self.step}
-        row["learning_rate"] = self._schedule.rate(self.epoch * self.steps_per_epoch)
-        row.update(self._meters.nothing() if self._meters.empty else self._meters.compute())
-        if self.skipped:
-            row["skipped_steps"] = self.skipped
-        trained = self.elapsed()
-        if epoch == self.epochs or epoch % self.recipe.train.eval_every == 0:
-            row.update(self.evaluate())
-        row["seconds"] = round(self.elapsed(), 3)
-        row["images_per_second"] = round(steps * self.data.batch_size / max(trained, 1e-9), 1)
-        return row
-
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The metrics of the test set, in eval mode; of the moving average where there is one. The mode is put back."""
-        model = self.model if self.average is None else self.average.module
-        self.runtime.share_buffers(model)
-        was_training = model.training
-        meters = Meters(self.task, "test_", self.runtime.device)
-        model.eval()
-        try:
-            for batch in self.data.test_batches(Shard(self.runtime.rank, self.runtime.world)):
-                placed = self._placed(batch)
-                with self.runtime.autocast():
-                    result = self.task.test(model, placed)
-                meters.update(result, placed)
-                # With other processes an early end would leave them waiting; the end of the epoch looks again.
-                if self._request and self.runtime.world == 1:
-                    raise _Stop
-        finally:
-            model.train(was_training)
-        return meters.compute()
+        return evaluate(self)
+
+    def _stop_alone(self) -> None:
+        # With other processes an early end would leave them waiting; the end of the epoch looks again.
+        if self._request and self.runtime.world == 1:
+            raise StopNow
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
@@ -333,9 +317,11 @@ class Trainer:
         """Write a checkpoint of now; None when there is no folder, or when it could not be written (a note says why).
 
         metric: of the epoch that just ended, when one did. Every process calls it; rank 0 gets the path.
+        TrainingDivergedError for weights that are not finite.
         """
         if not self._saving.active:
             return None
+        check_weights(self)
         ended = self.epoch if self.position.step_in_epoch == 0 and self.epoch > 0 else None
         checkpoint = state.capture(self, {"epoch": ended, "metric": metric})
         path = self._saving.write(self.step, checkpoint)
@@ -376,11 +362,15 @@ class Trainer:
         """Say that modules of `model` were replaced: optimizer, schedule, moving average and wrappers follow.
 
         To be called between two steps (in on_step_begin, on_step_end or on_epoch_end), by every process alike.
+        ValueError for a module that a checkpoint cannot describe: it could not be resumed.
         """
-        self.model.to(self.runtime.device)
+        self.placed(self.model)
+        if self._saving.active:
+            changes_between(self.model, self.origin)
         follow_structure(self.optimizers["weights"], self.model, change, self.recipe)
         if self.average is not None:
             self.average.follow(self.model, change)
+            self.placed(self.average.module)
         self._train_mode()
         if self._wrapped is not None:
             self._wrap()
@@ -397,7 +387,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the group of processes, when this trainer joined it."""
-        self._unwrap()
+        self._wrapped = None
         if self._own_runtime:
             self.runtime.close()
 
@@ -406,7 +396,3 @@ class Trainer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class _Stop(Exception):
-    """A signal arrived and the current step is done."""
