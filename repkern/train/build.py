@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +21,11 @@ from repkern.train.callbacks import Callback
 from repkern.train.distributed import Runtime
 from repkern.train.recipe import ModelRecipe, Recipe, ReplaceRecipe
 from repkern.train.reproducible import seed_everything
+from repkern.train.start import start_from
+from repkern.train.trackers import trackers
 from repkern.train.trainer import Trainer
+
+_logger = logging.getLogger("repkern")
 
 __all__ = ["build_data", "build_model", "build_trainer", "make_network"]
 
@@ -38,6 +43,10 @@ def build_model(recipe: Recipe, data: DataSource) -> nn.Module:
     wanted = recipe.model
     seed_everything(recipe.train.seed)
     model = make_network(wanted, classes=len(data.classes), channels=data.channels)
+    if wanted.checkpoint:
+        left = start_from(model, wanted.checkpoint)
+        if left:
+            _logger.info("%s: other classes, so %s start anew", wanted.checkpoint, " and ".join(left))
     if wanted.replace is not None:
         model = _replaced(model, wanted.replace)
     if wanted.freeze:
@@ -98,4 +107,5 @@ def build_trainer(
 ) -> Trainer:
     """Everything a training needs, at its first step."""
     model = build_model(recipe, data)
-    return Trainer(model, data, recipe, callbacks=callbacks, folder=folder, runtime=runtime)
+    logs = trackers(recipe.log, folder)
+    return Trainer(model, data, recipe, callbacks=[*callbacks, *logs], folder=folder, runtime=runtime)

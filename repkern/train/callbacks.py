@@ -56,6 +56,9 @@ class Callback:
     def on_saved(self, trainer: Trainer, path: Path) -> None:
         """After a checkpoint was written: up to here nothing is lost any more."""
 
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """When `fit` ends, however it ends."""
+
     def on_structure_changed(self, trainer: Trainer, change: StructureChanged) -> None:
         """After the optimizers, the moving average and the wrappers follow a change of the network."""
 

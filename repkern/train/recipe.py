@@ -13,6 +13,7 @@ from repkern.data.section import Section
 __all__ = [
     "CheckpointRecipe",
     "EMARecipe",
+    "LogRecipe",
     "LossRecipe",
     "ModelRecipe",
     "OptimizerRecipe",
@@ -101,6 +102,13 @@ class CheckpointRecipe(Section):
     best: bool = Field(True, description="also keep the one with the best test metric")
 
 
+class LogRecipe(Section):
+    """Where metrics go besides metrics.jsonl and metrics.csv."""
+
+    tensorboard: bool = Field(False, description="event files in the run folder, for TensorBoard")
+    trackio: str = Field("", description="a project of trackio")
+
+
 class RunRecipe(Section):
     """How long, on what, and with which arithmetic."""
 
@@ -132,6 +140,7 @@ class TrainingRecipe(Section):
     loss: LossRecipe = LossRecipe()
     ema: EMARecipe | None = None
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    log: LogRecipe = LogRecipe()
 
 
 class PaperRow(Section):

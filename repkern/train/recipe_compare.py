@@ -10,7 +10,7 @@ __all__ = ["FREE", "recipe_differences", "setting"]
 #: What moves, saves or shows a training without changing what it computes (but for the last bits of sums, where the
 #: number of threads or processes or the device differs).
 FREE = (
-    *("name", "about", "paper", "checkpoint", "data.root", "data.workers", "optimizer.scales"),
+    *("name", "about", "paper", "checkpoint", "log", "data.root", "data.workers", "optimizer.scales"),
     *("train.device", "train.threads", "train.compile", "train.strategy", "train.accumulate"),
 )
 

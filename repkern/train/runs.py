@@ -136,7 +136,7 @@ def _same_and_unfinished(base: Path, recipe: RecipeT, notes: list[str]) -> Path 
             continue
         # Where and how often it is saved does not make it another run; the number of threads changes its last bits.
         differences = recipe_differences(
-            stored.model_dump(mode="json"), recipe.model_dump(mode="json"), free=("checkpoint", "about")
+            stored.model_dump(mode="json"), recipe.model_dump(mode="json"), free=("checkpoint", "log", "about")
         )
         if not differences:
             return path if _is_unfinished(path) and not _is_locked(path) else None

@@ -189,6 +189,7 @@ class Trainer:
             self.average.attach(self.model)
 
     def _end(self) -> None:
+        self._emit("on_fit_end")
         self._wrapped = None
         self._request = StopRequest()
 
