@@ -74,9 +74,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> Position:
     try:
         _check_same(trainer, state)
         _restore_networks(trainer, checkpoint)
-        for callback in trainer.callbacks:
-            if callback.name in state["callbacks"]:
-                callback.load_state_dict(state["callbacks"][callback.name])
+        _restore_callbacks(trainer, state["callbacks"])
         named = named_tensors(trainer)
         for name, optimizer in trainer.optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name], named)
@@ -86,10 +84,11 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> Position:
         trainer.rows = [dict(row) for row in state["rows"]]
         trainer.elapsed_before = float(state["elapsed"])
         _restore_random(trainer, state["random"])
-        if state["threads"] != torch.get_num_threads():
+        threads = trainer.recipe.train.threads or torch.get_num_threads()
+        if state["threads"] != threads:
             trainer.note(
-                f"saved with {state['threads']} CPU threads, continued with {torch.get_num_threads()}: the last bits "
-                "of sums can differ from those of an uninterrupted run"
+                f"saved with {state['threads']} CPU threads, continued with {threads}: the last bits of sums can "
+                "differ from those of an uninterrupted run"
             )
         return Position(*state["position"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -108,10 +107,24 @@ def _restore_networks(trainer: Trainer, checkpoint: Checkpoint) -> None:
     for network, weights in networks:
         if changes:
             apply_changes(network, changes)
-            network.to(trainer.runtime.device)
+            trainer.placed(network)
         else:
             _check_weights(network, weights)
         network.load_state_dict(weights, strict=True)
+    if trainer.average is not None:
+        trainer.average.module.eval().requires_grad_(False)
+
+
+def _restore_callbacks(trainer: Trainer, states: Mapping[str, Any]) -> None:
+    present = {callback.name: callback for callback in trainer.callbacks if callback.name}
+    missing = [name for name in states if name not in present]
+    if missing:
+        raise ValueError(f"it holds the state of {', '.join(missing)}, a callback that this training lacks")
+    for name, callback in present.items():
+        if name in states:
+            callback.load_state_dict(states[name])
+        elif callback.state_dict():
+            trainer.note(f"the checkpoint has no state of the callback {name}, which begins anew")
 
 
 def _check_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
