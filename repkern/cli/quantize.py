@@ -71,11 +71,11 @@ def quantize(
     check_paths(source, destination, (".pt2",))
     check_names(source, model, block)
     with working(as_json) as say:
+        from repkern.data.folders import load_images
         from repkern.deploy.opening import open_model, usual_image_size
         from repkern.deploy.quantize import finish_ptq, observe
         from repkern.deploy.quantize_report import sensitivity_of
         from repkern.deploy.quantize_torchao import Scheme
-        from repkern.train.folders import load_images
 
         say(f"reading {source}")
         opened = open_model(source, model=model, block=block, num_classes=num_classes)

@@ -9,17 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
+from repkern.data.digits import open_digits
+from repkern.data.errors import MissingExtraError
+
 __all__ = ["BatchSource", "DigitsData", "MissingExtraError", "TensorBatches", "load_digits", "random_affine"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-# The split is part of the task, not of a run: every seed is tested on the same images.
-_SPLIT_SEED = 2022
-_TEST_PART = 5  # one image in five
-
-
-class MissingExtraError(ImportError):
-    """A library of an optional extra is not installed; the text says how to get it."""
 
 
 class BatchSource(Protocol):
@@ -50,25 +45,10 @@ class DigitsData(NamedTuple):
 
 
 def load_digits() -> DigitsData:
-    """The digits data set, always split the same way: 1,442 images to train on and 355 to test on.
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (UCI), as scikit-learn ships it.
-    Raises MissingExtraError without scikit-learn.
-    """
-    try:
-        from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise MissingExtraError(f"the digits need scikit-learn ({error}): pip install 'repkern[quickstart]'") from None
-    raw = load()
-    images = torch.from_numpy(raw.images).float().div(8).sub(1).unsqueeze(1)  # stored as 0..16
-    labels = torch.from_numpy(raw.target).long()
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    is_test = torch.zeros(len(labels), dtype=torch.bool)
-    for digit in range(10):
-        members = torch.nonzero(labels == digit).flatten()
-        chosen = torch.randperm(len(members), generator=generator)[: len(members) // _TEST_PART]
-        is_test[members[chosen]] = True
-    return DigitsData(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
+    """The digits of `repkern.data.open_digits` as tensors. Raises MissingExtraError without scikit-learn."""
+    train, test = open_digits()
+    first, second = (part.images.float().div(part.top / 2).sub(1) for part in (train, test))
+    return DigitsData(first, train.labels, second, test.labels)
 
 
 def random_affine(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
