@@ -19,6 +19,7 @@ LAYERS = (
     "optim",
     "search",
     "data",
+    "data",
     "train",
     "deploy",
     "viz",

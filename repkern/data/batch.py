@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -33,7 +33,7 @@ class DataSource(Protocol):
     whatever their number: process `rank` takes the contiguous part rank of world of it, in `accumulate` equal pieces.
     """
 
-    classes: Sequence[str]
+    classes: tuple[str, ...]
     channels: int
     image_size: int
     batch_size: int
