@@ -19,7 +19,6 @@ LAYERS = (
     "optim",
     "search",
     "data",
-    "data",
     "train",
     "deploy",
     "viz",

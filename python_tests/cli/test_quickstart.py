@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(command, tmp_p
     code, out, err = command("quickstart")
     assert (code, err) == (0, "")
     assert "weights.safetensors is damaged: 100 bytes" in out
-    assert "the checkpoint before it is used" in out
+    assert "step 5 is used, and the damaged one set aside" in out
 
 
 def test_only_damaged_checkpoints_are_one_clear_line(command, tmp_path, interrupt_epoch):
