@@ -135,7 +135,7 @@ class _Workers:
                 self._await_end()
             if not any(process.exitcode is not None for process in self._processes):
                 raise
-            text = str(problem)
+            text = str(problem) or type(problem).__name__
         raise DataWorkerError(self._why(text))
 
     def _await_end(self) -> None:
