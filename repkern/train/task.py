@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -82,12 +81,14 @@ class Classification(Task):
     def metrics(self, prefix: str) -> Any:
         """loss, accuracy, and top5 from twenty classes on; as parts of one."""
         try:
-            from torchmetrics import MeanMetric, MetricCollection
+            from torchmetrics import MetricCollection
             from torchmetrics.classification import MulticlassAccuracy
+
+            from repkern.train.mean import SampleMean
         except ImportError as error:
             raise MissingExtraError(f"training needs torchmetrics ({error}): pip install 'repkern[train]'") from None
         parts: dict[str, Any] = {
-            "loss": MeanMetric(nan_strategy="disable").set_dtype(torch.float64),
+            "loss": SampleMean(),
             "accuracy": MulticlassAccuracy(self._classes, average="micro", validate_args=False),
         }
         if self._top:
@@ -97,7 +98,7 @@ class Classification(Task):
     def update(self, metrics: Any, result: Result, batch: Any) -> None:
         """Count one batch in."""
         labels = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
-        metrics["loss"].update(result.loss.double(), result.samples)
+        metrics["loss"].update(result.loss, result.samples)
         for name in ("accuracy", "top5") if self._top else ("accuracy",):
             metrics[name].update(result.outputs, labels)
 
