@@ -35,10 +35,9 @@ def test_a_skipped_step_is_as_a_loop_that_leaves_its_update_out(value):
     trainer = make_trainer(data=data, callbacks=[notes])
     rows = trainer.fit()
     model = small_model()
-    weights = torch.optim.SGD(
-        [{"params": [p for p in model.parameters() if p.dim() > 1]}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0}],
-        lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4,
-    )  # fmt: skip
+    kernels, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": kernels}, {"params": vectors, "weight_decay": 0}]
+    weights = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     factor = learning_rate_factor(trainer.recipe.schedule, steps=EPOCHS * STEPS, steps_per_epoch=STEPS)
     model.train()
     for epoch in range(EPOCHS):
