@@ -148,9 +148,9 @@ def test_state_goes_by_name_whatever_the_order_of_the_groups(name):
         assert all(torch.equal(torch.as_tensor(again.state[p][k]), v) for k, v in wanted[n].items())
 
 
-def test_parameters_that_nobody_named_are_an_error():
+def test_parameters_without_a_name_are_an_error():
     model = network()
-    with pytest.raises(ValueError, match=r"group 0 of SGD has \d+ parameters that nobody named"):
+    with pytest.raises(ValueError, match=r"group 0 of SGD has \d+ parameters that the network lacks"):
         optimizer_state(optimizer(model), dict(network().named_parameters()))
 
 
