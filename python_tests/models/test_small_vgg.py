@@ -37,3 +37,19 @@ def test_bad_sizes(options):
 def test_bad_block():
     with pytest.raises(ValueError, match="block must be one of"):
         SmallVGG(block="nothing")
+
+
+def test_options_go_to_the_blocks():
+    model = SmallVGG((6, 8), 2, block="orepa", block_options={"scaling": "scalar"})
+    assert {block.conv.scaling for block in model.modules() if hasattr(block, "conv")} == {"scalar"}
+    with pytest.raises(TypeError, match="block 'acb' has no option scaling"):
+        SmallVGG(block="acb", block_options={"scaling": "none"})
+
+
+def test_one_list_of_branches_serves_layers_with_and_without_identity():
+    model = SmallVGG((6, 8), 2, block="odbb", block_options={"branches": ["kxk", "id"]})
+    found = {name: block.branches for name, block in model.named_modules() if hasattr(block, "branches")}
+    assert found == {
+        "stem": ("kxk",), "stages.0.0": ("kxk", "id"), "stages.0.1": ("kxk", "id"),
+        "stages.1.0": ("kxk",), "stages.1.1": ("kxk", "id"),
+    }  # fmt: skip

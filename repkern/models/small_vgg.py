@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +18,9 @@ class SmallVGG(nn.Module):
 
     Each stage after the first begins with stride 2, as in RepVGG (paper 2101.03697), which starts with stride 2 too
     and needs larger images for it. block: one of `repkern.nn.KINDS`; the reparameterized state_dict of each loads into
-    "plain". Images [N, in_chans, H, W] of any size -> logits [N, num_classes].
-    ValueError for empty or non-positive sizes and unknown kinds.
+    "plain". block_options: arguments of the block class, such as {"scaling": "scalar"} for OREPA.
+    Images [N, in_chans, H, W] of any size -> logits [N, num_classes].
+    ValueError for empty or non-positive sizes and unknown kinds, TypeError for options the kind does not have.
     """
 
     def __init__(
@@ -26,6 +30,7 @@ class SmallVGG(nn.Module):
         num_classes: int = 10,
         in_chans: int = 1,
         block: str = "conv_bn",
+        block_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not widths or min(*widths, blocks, num_classes, in_chans) < 1:
@@ -33,10 +38,11 @@ class SmallVGG(nn.Module):
                 "SmallVGG: sizes must be positive, got "
                 f"widths={widths}, blocks={blocks}, num_classes={num_classes}, in_chans={in_chans}"
             )
-        check_kind(block, {})
+        chosen = dict(block_options or {})
+        check_kind(block, chosen)
 
         def layer(before: int, after: int, stride: int) -> nn.Module:
-            return make_block(block, before, after, 3, stride, activation=nn.ReLU())
+            return make_block(block, before, after, 3, stride, activation=nn.ReLU(), **chosen)
 
         self.stem = layer(in_chans, widths[0], 1)
         self.stages = nn.ModuleList()

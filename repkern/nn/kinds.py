@@ -15,7 +15,7 @@ from repkern.nn.conv_norm_act import ConvNormAct
 from repkern.nn.csla import CSLABlock
 from repkern.nn.dbb import DiverseBranchBlock
 from repkern.nn.dyrep import DyRepBlock
-from repkern.nn.geometry import Pair, check_geometry
+from repkern.nn.geometry import Geometry, Pair, check_geometry
 from repkern.nn.mobileone import MobileOneBlock
 from repkern.nn.odb import ODBBlock
 from repkern.nn.orepa_block import OREPABlock, OREPADeepStem
@@ -109,7 +109,8 @@ def make_block(
     A kind that has no form for this kernel size gives a ConvNormAct. se, post_se: channels that a squeeze-excite before
     or after the activation reduces to, for every kind. identity=False: no identity branch even where one is possible.
     recompute: handed to the classes that have it, those that sum several normed branches.
-    options: those of the kind's classes; each class gets the ones it takes (see `check_kind`).
+    options: those of the kind's classes; each class gets the ones it takes (see `check_kind`). Of `branches`, one list
+    for all layers of a network, a layer that cannot have an identity gets all but "id".
     Whatever the kind, the reparameterized state_dict has the keys and shapes of kind="plain".
     """
     geometry = check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
@@ -120,12 +121,18 @@ def make_block(
     check_kind(kind, options)
     block = _form_of(kind, geometry.kernel_size[0])
     taken: dict[str, Any] = {name: value for name, value in options.items() if name in _keywords(block)}
+    if taken.get("branches") is not None and not _may_be_identity(geometry):
+        taken["branches"] = [name for name in taken["branches"] if name != "id"]
     if "recompute" in _arguments(block):
         taken["recompute"] = recompute
     make: Callable[..., RepBlock] = block
     if set(excite) <= _arguments(block):
         return _with_identity(make(*geometry[:7], activation=activation, **excite, **taken), identity)
     return _followed(_with_identity(make(*geometry[:7], **taken), identity), activation, excite)
+
+
+def _may_be_identity(geometry: Geometry) -> bool:
+    return geometry.in_channels == geometry.out_channels and geometry.stride == (1, 1)
 
 
 def _form_of(kind: str, kernel_size: int) -> type[RepBlock]:
