@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-import repkern.nn
 from repkern.data import DataSource, open_data
 from repkern.models import create_model
 from repkern.models.digits import DigitsNet
 from repkern.models.small_vgg import SmallVGG
-from repkern.nn import replace_convs
 from repkern.train.callbacks import Callback
 from repkern.train.distributed import Runtime
-from repkern.train.recipe import ModelRecipe, Recipe, ReplaceRecipe
+from repkern.train.recipe import ModelRecipe, Recipe
+from repkern.train.replacing import replaced
 from repkern.train.reproducible import seed_everything
 from repkern.train.start import start_from
 from repkern.train.trackers import trackers
@@ -48,7 +47,7 @@ def build_model(recipe: Recipe, data: DataSource) -> nn.Module:
         if left:
             _logger.info("%s: other classes, so %s start anew", wanted.checkpoint, " and ".join(left))
     if wanted.replace is not None:
-        model = _replaced(model, wanted.replace)
+        model = replaced(model, wanted.replace)
     if wanted.freeze:
         _freeze(model, wanted.freeze)
     if wanted.sync_norm:
@@ -68,19 +67,6 @@ def make_network(wanted: ModelRecipe, *, classes: int, channels: int) -> nn.Modu
     if wanted.name == "small_vgg":
         return SmallVGG(block=wanted.block or "conv_bn", **options)
     return create_model(wanted.name, block=wanted.block, **options)
-
-
-def _replaced(model: nn.Module, wanted: ReplaceRecipe) -> nn.Module:
-    block = getattr(repkern.nn, wanted.block, None)
-    if not isinstance(block, type):
-        raise ValueError(f"model.replace.block: repkern.nn has no class {wanted.block!r}")
-    patterns = wanted.where
-    return replace_convs(
-        model,
-        block,
-        preserve=wanted.preserve,
-        where=(lambda name, module: _matches(name, patterns)) if patterns else None,
-    )
 
 
 def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -29,7 +29,12 @@ def make_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Opti
     if wanted.name in ("repsgd", "repadamw"):
         kind = wanted.name.removeprefix("rep")
         options = momentum if kind == "sgd" else adam
-        return from_scales(model, wanted.scales, optimizer=kind, params=groups, **common, **options)
+        rules: dict[str, Any] = {
+            "initialize": wanted.initialize,
+            "multiply": wanted.multiply,
+            "constants": wanted.constants,
+        }
+        return from_scales(model, wanted.scales, optimizer=kind, params=groups, **rules, **common, **options)
     if wanted.name == "adamw":
         return torch.optim.AdamW(groups, **common, **adam)
     if wanted.name == "rmsprop":
@@ -77,10 +82,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor
     for index, group in enumerate(optimizer.param_groups):
         unknown = sum(id(parameter) not in names for parameter in group["params"])
         if unknown:
-            raise ValueError(
-                f"group {index} of {type(optimizer).__name__} has {unknown} parameters that the network lacks and no "
-                "callback names: after a change of the network call Trainer.structure_changed"
-            )
+            raise ValueError(f"group {index} of {type(optimizer).__name__} has {unknown} parameters that nobody named")
         groups.append([names[id(parameter)] for parameter in group["params"]])
     return {"names": groups, "state_dict": optimizer.state_dict()}
 

@@ -32,6 +32,7 @@ class ReplaceRecipe(Section):
     block: str = Field("OREPAConv2d", description="a class of repkern.nn that takes the arguments of nn.Conv2d")
     preserve: bool = Field(False, description="start as exactly the network there was")
     where: tuple[str, ...] = Field((), description="names of convolutions, with wildcards; empty for all")
+    options: dict[str, Any] = Field({}, description="further arguments of the block, such as scaling")
 
 
 class ModelRecipe(Section):
@@ -60,6 +61,13 @@ class OptimizerRecipe(Section):
     decay_scales: bool = Field(False, description="decay the scales of OREPA's branches, as its released training does")
     decay_all: bool = Field(False, description="decay every parameter, norms and biases too")
     scales: str = Field("", description="repsgd, repadamw: a file of `repkern search hyper`")
+    initialize: Literal["scales", "trained_identity", "none"] = Field(
+        "scales", description="repsgd, repadamw: what kernels start from; see `repkern.optim.from_scales`"
+    )
+    multiply: bool = Field(True, description="repsgd, repadamw: multiply gradients by the scales")
+    constants: Literal["searched", "ones", "initial", "averaged"] = Field(
+        "searched", description="repsgd, repadamw: what the scales are replaced by, for comparisons"
+    )
     layer_lr: dict[str, float] = Field({}, description="factor on the learning rate by name of parameter, wildcards")
 
 
