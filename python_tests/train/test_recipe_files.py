@@ -135,6 +135,12 @@ def test_a_base_is_merged_field_by_field_and_lists_are_replaced(write):
     assert (recipe.name, recipe.about, recipe.paper) == ("top", "", None)  # not those of another recipe
 
 
+def test_a_file_may_have_nothing_but_a_base(write):
+    write("low.yaml", "train: {epochs: 7}\nmodel: {options: {a: 1}}\n")
+    assert load_recipe(write("same.yaml", "base: low.yaml\n")).train.epochs == 7
+    assert load_recipe(write("none.yaml", "base: same.yaml\nmodel: {options: {}}\n")).model.options == {}
+
+
 def test_problems_name_the_file_of_the_value(write):
     write("low.yaml", "train: {epochs: 7}\noptimizer:\n  lr: -1\n")
     top = write("top.yaml", "base: low.yaml\ntrain:\n  batch: 8\n")

@@ -124,15 +124,15 @@ def estimate_memory(
     model: nn.Module,
     image_shape: Sequence[int],
     batch_size: int,
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     *,
     accumulate: int = 1,
     ema: bool = False,
 ) -> MemoryEstimate:
     """What training `model` on one device will take, as torch's allocator counts it.
 
-    batch_size: images of a step on this device, computed in `accumulate` pieces. optimizer: makes one from the
-    parameters that are trained. ema: whether a second copy of weights and buffers is kept.
+    batch_size: images of a step on this device, computed in `accumulate` pieces. optimizer: makes one for a network.
+    ema: whether a second copy of weights and buffers is kept.
     The step is run on the meta device in float32 or whatever the weights are, with every tensor's life followed; what
     libraries (oneDNN, cuDNN) take as scratch is not in it, and autocast needs less. Within 10 % of `training_memory`.
     ValueError for sizes that cannot be.
@@ -140,8 +140,7 @@ def estimate_memory(
     if accumulate < 1 or batch_size < 1 or batch_size % accumulate:
         raise ValueError(f"batch_size must be a multiple of accumulate, got {batch_size} and {accumulate}")
     model = _on_meta(model).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    made = optimizer(trained)
+    made = optimizer(model)
     _forward(model, image_shape)
     images = torch.empty(batch_size // accumulate, *image_shape, device="meta", dtype=_dtype(model))
     target = torch.empty(len(images), dtype=torch.long, device="meta")

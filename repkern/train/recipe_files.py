@@ -129,7 +129,7 @@ def _based(tree: Located, shown: str, folder: Path | None, chain: tuple[Path, ..
         raise RecipeError([Problem(base.place, "base", problem.text) for problem in error.problems]) from None
     below = _composed(path, chain)
     inherited = {name: value for name, value in below.value.items() if name not in _NOT_INHERITED}
-    return merged(Located(inherited, below.place), own)
+    return merged(Located(inherited, below.place), own) if fields else Located(inherited, below.place)
 
 
 def _check_version(fields: Mapping[str, Located], shown: str) -> None:
