@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from repkern.train.recipe import Recipe
 
 __all__ = [
+    "Changes",
     "Data",
+    "DataFolder",
     "Device",
     "DeviceOption",
     "Fresh",
@@ -56,6 +58,16 @@ Data = Annotated[
         help="Images to use: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png.",
         show_default="scikit-learn's digits",
     ),
+]
+DataFolder = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--data", metavar="DIR", help="Where the images are, for --set data.root=DIR.", show_default="the recipe's"
+    ),
+]
+Changes = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Change a field: optimizer.lr=0.05. As often as needed."),
 ]
 Model = Annotated[
     Optional[str],  # noqa: UP045

@@ -52,18 +52,27 @@ def recipe_for(
 
 @contextlib.contextmanager
 def training_run(
-    out: Path, recipe: RecipeT, mode: Any, given: Sequence[str], *, command: str, default: Path, to: Any
+    out: Path,
+    recipe: RecipeT,
+    mode: Any,
+    given: Sequence[str],
+    *,
+    command: str,
+    default: Path,
+    to: Any,
+    opened: contextlib.AbstractContextManager[Run[RecipeT]] | None = None,
 ) -> Iterator[Run[RecipeT]]:
     """`open_run`, with every way it can end as an exit code and one line; an interruption says how to continue.
 
-    command, default: of the words that continue the run. to: the console for what is said.
+    command, default: of the words that continue the run. to: the console for what is said. opened: what is entered in
+    place of `open_run`.
     """
     from repkern.data.errors import MissingExtraError
     from repkern.train import CheckpointError, DistributedError, Interrupted, TrainingDivergedError
     from repkern.train.runs import RunError, open_run
 
     try:
-        with _console.terminated_like_ctrl_c(), open_run(out, recipe, mode, given) as run:
+        with _console.terminated_like_ctrl_c(), opened or open_run(out, recipe, mode, given) as run:
             try:
                 for note in run.notes:
                     to.print(note, style="dim", soft_wrap=True, markup=False)
@@ -103,10 +112,12 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def started(to: Any, run: Run[Any], what: str) -> None:
+def started(to: Any, run: Run[Any], what: str, processes: int = 1) -> None:
     """The first lines: what is trained on what, and where the results go."""
     settings = run.recipe.train
     where = "the GPU" if settings.device == "cuda" else f"{settings.threads} CPU threads"
+    if processes > 1:
+        where = f"{processes} processes, {'a GPU' if settings.device == 'cuda' else where} each"
     to.print(
         f"{'Continuing' if run.resumed else 'Training'} {what} on {where}.\n"
         f"Results go to {shown(run.path)}. Ctrl-C is safe: the same command continues.\n",

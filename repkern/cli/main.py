@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
+from repkern.cli.eval import evaluate
 from repkern.cli.export import export
 from repkern.cli.info import info
 from repkern.cli.models import models
+from repkern.cli.predict import predict
 from repkern.cli.quantize import quantize
 from repkern.cli.quickstart import quickstart
+from repkern.cli.recipes import recipes
 from repkern.cli.reparameterize import reparameterize
 from repkern.cli.repopt import repopt
 from repkern.cli.search import app as search_app
+from repkern.cli.train import train
 
 __all__ = ["app", "main"]
 
@@ -54,6 +58,10 @@ def _root(
 
 
 app.command()(quickstart)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.command()(recipes)
 app.command()(repopt)
 app.add_typer(search_app, name="search")
 app.command()(reparameterize)

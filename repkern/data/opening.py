@@ -25,7 +25,7 @@ from repkern.data.recipe import DataRecipe
 from repkern.data.sets import ImageSet, MemoryData
 from repkern.data.source import ImageSource
 
-__all__ = ["open_data"]
+__all__ = ["open_data", "statistics_of"]
 
 _LIMIT_SEED = 2022  # which images a limit leaves is part of the task, not of a run
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,7 +56,7 @@ def open_data(recipe: DataRecipe, *, batch_size: int, seed: int) -> ImageSource:
     framing = _framing(recipe, train)
     if isinstance(train, (FileData, RowData)) and isinstance(test, (FileData, RowData)):
         train, test = _decoded(recipe, framing, train, test)
-    mean, std = _statistics(recipe, framing.channels)
+    mean, std = statistics_of(recipe, framing.channels)
     mix = recipe.mix
     classes = len(train.classes)
     return ImageSource(
@@ -123,7 +123,8 @@ def _framing(recipe: DataRecipe, train: ImageSet | StreamData) -> Framing:
     )
 
 
-def _statistics(recipe: DataRecipe, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics_of(recipe: DataRecipe, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that images are normalized with."""
     if recipe.mean is not None and recipe.std is not None:
         return recipe.mean, recipe.std
     mean, std = _STATISTICS.get(recipe.name, _IMAGENET)
