@@ -82,7 +82,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor
     for index, group in enumerate(optimizer.param_groups):
         unknown = sum(id(parameter) not in names for parameter in group["params"])
         if unknown:
-            raise ValueError(f"group {index} of {type(optimizer).__name__} has {unknown} parameters that nobody named")
+            raise ValueError(
+                f"group {index} of {type(optimizer).__name__} has {unknown} parameters that the network lacks and no "
+                "callback names: after a change of the network call Trainer.structure_changed"
+            )
         groups.append([names[id(parameter)] for parameter in group["params"]])
     return {"names": groups, "state_dict": optimizer.state_dict()}
 

@@ -85,7 +85,7 @@ class Trainer:
         )
         self._request = StopRequest()
         self._meters: Meters | None = None
-        self._dtype = _floating(self.model)
+        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._wrapped: nn.Module | None = None
 
     def placed(self, model: nn.Module) -> nn.Module:
@@ -184,7 +184,6 @@ class Trainer:
         self._wrapped = self.runtime.wrap(self.model)
         self._schedule.set(self.step)
         self._buffers = BufferSnapshot(self.model)
-        self._dtype = _floating(self.model)
         if self.average is not None:
             self.average.attach(self.model)
 
@@ -282,7 +281,7 @@ class Trainer:
         self.note(f"step {self.step + 1}: {what} is not finite; the step is skipped ({self.skipped} so far)")
 
     def place(self, batch: Any) -> Any:
-        """`batch` on the device, floating tensors in the dtype of the weights."""
+        """`batch` on the device, floating tensors in the dtype that the weights began with."""
         return self.runtime.place(batch, dtype=self._dtype, channels_last=self.recipe.train.channels_last)
 
     # The end of an epoch -----------------------------------------------------------------------------------------
@@ -397,7 +396,3 @@ class Trainer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _floating(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
