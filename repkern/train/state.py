@@ -84,6 +84,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> Position:
         trainer.rows = [dict(row) for row in state["rows"]]
         trainer.elapsed_before = float(state["elapsed"])
         _restore_random(trainer, state["random"])
+        _compare_pieces(trainer, state["recipe"]["train"]["accumulate"] * len(state["random"]))
         threads = trainer.recipe.train.threads or torch.get_num_threads()
         if state["threads"] != threads:
             trainer.note(
@@ -146,6 +147,16 @@ def _restore_random(trainer: Trainer, states: list[Any]) -> None:
         f"saved by {len(states)} processes, continued by {trainer.runtime.world}: the order of the images stays, "
         "random numbers drawn inside the network (dropout) and statistics of norms over a part of a batch do not"
     )
+
+
+def _compare_pieces(trainer: Trainer, before: int) -> None:
+    """Norms see one piece of a batch at a time, and mixup finds partners inside it."""
+    now = trainer.shard.world * trainer.shard.accumulate
+    if now != before:
+        trainer.note(
+            f"a batch was computed in {before} pieces, and is now in {now}: statistics of norms and the partners of "
+            "mixed images are within a piece, so results will differ from those of an uninterrupted run"
+        )
 
 
 def _check_same(trainer: Trainer, state: Mapping[str, Any]) -> None:
