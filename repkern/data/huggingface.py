@@ -101,8 +101,10 @@ class StreamData:
         rows = self._rows
         if shuffled is not None:
             rows = rows.shuffle(seed=shuffled[0], buffer_size=self._shuffle)
-            rows.set_epoch(shuffled[1])
-        for row in islice(rows.skip(start), self._length - start):
+        rows = rows.skip(start)
+        if shuffled is not None:
+            rows.set_epoch(shuffled[1])  # last: what is made of a data set begins with epoch 0
+        for row in islice(rows, self._length - start):
             yield Row(row[self._columns.image], int(row[self._columns.label]))
 
     def describe(self) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def open_huggingface(
     """
     if not name:
         raise ValueError("data.root must name the data set: a folder, a parquet file, or a name on the Hub")
-    splits = _load(name, config, streaming)
+    splits, stated = _load(name, config, streaming)
     chosen = train_split, test_split or next((split for split in _TEST_SPLITS if split in splits), "test")
     for split in chosen:
         if split not in splits:
@@ -138,10 +140,10 @@ def open_huggingface(
     train, test = (_undecoded(splits[split], f"{name} ({split})", image_column, label_column) for split in chosen)
     places = [f"{name} ({split})" for split in chosen]
     if streaming:
-        stated = [_length(splits[split], split) for split in chosen]
+        used = [_used(lengths[at], stated.get(split, 0), places[at]) for at, split in enumerate(chosen)]
         streams = [
-            StreamData(*part, place, _used(length, most, place), shuffle)
-            for part, place, length, most in zip((train, test), places, lengths, stated, strict=True)
+            StreamData(*part, place, length, shuffle)
+            for part, place, length in zip((train, test), places, used, strict=True)
         ]
         return streams[0], streams[1]
     classes = _classes_of([train, test], name)
@@ -158,20 +160,36 @@ def open_row(image: Any) -> Image:
     return open_image(Path(image["path"]))
 
 
-def _load(name: str, config: str, streaming: bool) -> Any:
+def _load(name: str, config: str, streaming: bool) -> tuple[Any, dict[str, int]]:
+    """The splits, and for streams the numbers of their rows as far as they are stated."""
     try:
         import datasets
     except ImportError:
         raise MissingExtraError("Hugging Face's data sets need datasets: pip install 'repkern[train]'") from None
     path = Path(name)
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there")
-        return datasets.load_dataset("parquet", data_files={"train": name}, streaming=streaming)
     if (path / "dataset_dict.json").is_file():
         found = datasets.load_from_disk(name)
-        return {split: rows.to_iterable_dataset() for split, rows in found.items()} if streaming else found
-    return datasets.load_dataset(name, config or None, streaming=streaming)
+        lengths = {split: rows.num_rows for split, rows in found.items()}
+        return {split: rows.to_iterable_dataset() for split, rows in found.items()} if streaming else found, lengths
+    if path.suffix == ".parquet" and not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    packed = {"path": "parquet", "data_files": {"train": name}}
+    source = packed if path.suffix == ".parquet" else {"path": name, "name": config or None}
+    found = datasets.load_dataset(**source, streaming=streaming)
+    if not streaming:
+        return found, {}
+    return found, _lengths(datasets.load_dataset_builder(**source))
+
+
+def _lengths(builder: Any) -> dict[str, int]:
+    """The numbers of rows that a data set states, or that the footers of its local parquet files do."""
+    from pyarrow import parquet
+
+    lengths = {split: int(info.num_examples or 0) for split, info in (builder.info.splits or {}).items()}
+    for split, files in (builder.config.data_files or {}).items():
+        if split not in lengths and all(Path(file).suffix == ".parquet" and Path(file).is_file() for file in files):
+            lengths[str(split)] = sum(parquet.read_metadata(file).num_rows for file in files)
+    return lengths
 
 
 def _undecoded(rows: Any, where: str, image: str, label: str) -> tuple[Any, _Columns]:
@@ -228,11 +246,6 @@ def _by_number(rows: Any, columns: _Columns, where: str, classes: tuple[str, ...
     else:
         labels = torch.tensor([int(value) for value in values])
     return RowData(rows, columns._replace(classes=classes), where, labels)
-
-
-def _length(rows: Any, split: str) -> int:
-    """The number of rows that a data set states; 0 when it does not."""
-    return int(getattr((rows.info.splits or {}).get(split), "num_examples", None) or 0)
 
 
 def _used(length: int, stated: int, where: str) -> int:

@@ -65,8 +65,17 @@ class DataRecipe(Section):
             raise ValueError(f"mean and std must be as long, got {len(self.mean)} and {len(self.std)} values")
         if self.std is not None and any(value <= 0 for value in self.std):
             raise ValueError(f"std must be above 0, got {self.std}")
-        if self.crop_scale is not None and not self.image_size:
-            raise ValueError("crop_scale needs image_size, the size that crops are resized to")
+        if self.crop_scale is not None:
+            _check_crop(self.crop_scale, self.crop_ratio, self.image_size)
         if self.name in ("folder", "imagenet", "huggingface") and not self.root:
             raise ValueError(f"root must say where the images of {self.name} are")
         return self
+
+
+def _check_crop(scale: tuple[float, float], ratio: tuple[float, float], size: int) -> None:
+    if not size:
+        raise ValueError("crop_scale needs image_size, the size that crops are resized to")
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"crop_scale must be two parts of the area, the smaller one first, got {scale}")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"crop_ratio must be two ratios, the smaller one first, got {ratio}")
