@@ -57,6 +57,17 @@ def test_imports_go_one_way(path):
         assert LAYERS.index(parts[1]) <= LAYERS.index(own), f"{path.name} ({own}) imports {name}"
 
 
+COMMANDS = [path for path in (PACKAGE / "cli").glob("*.py") if path.stem not in ("__init__", "main")]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_commands_import_no_commands(path):
+    """What several need is in a module of cli that begins with an underscore."""
+    parts = [name.split(".") for name in imports(path)]
+    found = {name[2] for name in parts if name[:2] == ["repkern", "cli"] and len(name) > 2}
+    assert [name for name in sorted(found) if not name.startswith("_")] == []
+
+
 def test_only_one_file_imports_native_code():
     for path in SOURCES:
         if path.name != "_native.py":

@@ -6,14 +6,17 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 
 from repkern.cli._console import INTERRUPTED, WRONG_USE, console, fail, terminated_like_ctrl_c, warn
 
-__all__ = ["AsJson", "Block", "Classes", "ModelName", "Source", "check_names", "check_paths", "working"]
+if TYPE_CHECKING:
+    from repkern.nn.verify import Difference
+
+__all__ = ["AsJson", "Block", "Classes", "ModelName", "Source", "check_names", "check_paths", "difference", "working"]
 
 # Optional[...] because typer evaluates the annotations.
 Source = Annotated[
@@ -108,3 +111,8 @@ def _speaker(to: Console, lines: bool, stack: contextlib.ExitStack) -> Callable[
     if lines:
         return lambda step: to.print(f"{step} ...", markup=False, soft_wrap=True)
     return lambda step: None
+
+
+def difference(found: Difference) -> str:
+    """Absolute, relative and bound: "2.1e-07, 1.3e-06 of the largest value (bound 4.0e-06)"."""
+    return f"{found.absolute:.1e}, {found.relative:.1e} of the largest value (bound {found.bound:.1e})"

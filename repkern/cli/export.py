@@ -11,8 +11,7 @@ import typer
 from rich.markup import escape
 
 from repkern.cli._console import WRONG_USE, console, fail, megabytes, print_pairs, warn
-from repkern.cli._models import AsJson, Block, Classes, ModelName, Source, check_names, check_paths, working
-from repkern.cli.reparameterize import difference
+from repkern.cli._models import AsJson, Block, Classes, ModelName, Source, check_names, check_paths, difference, working
 
 if TYPE_CHECKING:
     from repkern.deploy import ExportReport

@@ -10,13 +10,12 @@ import typer
 from rich.markup import escape
 
 from repkern.cli._console import console, megabytes, print_pairs, warn
-from repkern.cli._models import AsJson, Block, Classes, ModelName, Source, check_names, check_paths, working
+from repkern.cli._models import AsJson, Block, Classes, ModelName, Source, check_names, check_paths, difference, working
 
 if TYPE_CHECKING:
     from repkern.deploy import Conversion
-    from repkern.nn.verify import Difference
 
-__all__ = ["difference", "reparameterize"]
+__all__ = ["reparameterize"]
 
 
 def reparameterize(
@@ -91,8 +90,3 @@ def _print(done: Conversion) -> None:
         if report.worst_block is not None:
             rows.append(("worst block", f"{escape(report.worst_block.name)}: {difference(report.worst_block)}"))
     print_pairs(console(), [*rows, ("written", escape(done.destination))])
-
-
-def difference(found: Difference) -> str:
-    """Absolute, relative and bound: "2.1e-07, 1.3e-06 of the largest value (bound 4.0e-06)"."""
-    return f"{found.absolute:.1e}, {found.relative:.1e} of the largest value (bound {found.bound:.1e})"
