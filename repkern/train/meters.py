@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repkern.train.task import Result, Task
 
-__all__ = ["Meters"]
+__all__ = ["Meters", "metrics_so_far"]
 
 
 class Meters:
@@ -61,6 +61,24 @@ class Meters:
         self._updates = int(states[rank]["updates"])
         if states[rank]["sums"]:
             self._metrics.load_state_dict(states[rank]["sums"])
+
+
+def metrics_so_far(task: Task, state: Mapping[str, Any]) -> dict[str, float]:
+    """The training metrics of a running epoch from `Trainer.meters_state`, of this process alone; {} at its start."""
+    if not state.get("updates"):
+        return {}
+    metrics = task.metrics("train_")
+    for metric in metrics.values():
+        metric.persistent(True)
+        metric.distributed_available_fn = _alone  # others do not call this at the same time
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        metrics.load_state_dict(state["sums"])
+        return {name: _number(value) for name, value in metrics.compute().items()}
+
+
+def _alone() -> bool:
+    return False
 
 
 def _number(value: Tensor) -> float:
