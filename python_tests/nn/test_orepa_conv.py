@@ -167,6 +167,36 @@ def test_scaling_none_starts_as_the_same_kernel():
     torch.testing.assert_close(plain.squeezed_kernel(), scaled.squeezed_kernel(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("scaling", ["vector", "scalar", "none"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_initial_plain_is_the_papers_start_as_large_as_conv2ds(kernel_size, scaling, groups):
+    def fresh(kind, **keywords):
+        torch.manual_seed(0)
+        return kind(32, 64, kernel_size, groups=groups, **keywords).double()
+
+    paper, plain = (fresh(OREPAConv2d, scaling=scaling, initial=initial) for initial in ("paper", "plain"))
+    size = plain.weight.norm()
+    torch.testing.assert_close(size, fresh(nn.Conv2d).weight.norm(), rtol=0.05, atol=0)
+    torch.testing.assert_close(plain.weight, paper.weight * (size / paper.weight.norm()), rtol=1e-5, atol=1e-7)
+    if scaling != "none":
+        assert torch.equal(plain.scale.weight, paper.scale.weight)
+    assert "initial=plain" in repr(plain)
+    assert "initial" not in repr(paper)
+
+
+def test_initial_plain_of_some_branches_in_half_precision_and_on_meta():
+    half = OREPABlock(8, 16, 3, initial="plain", dtype=torch.float16).conv
+    torch.testing.assert_close(half.wide_kernel().norm(), torch.tensor(16 / 3).sqrt(), rtol=1e-2, atol=0)
+    few = OREPAConv2d(8, 16, 3, branches=("origin", "1x1"), initial="plain")
+    torch.testing.assert_close(few.weight.norm(), torch.tensor(16 / 3).sqrt(), rtol=1e-5, atol=0)
+    later = OREPAConv2d(8, 16, 3, initial="plain", device="meta").to_empty(device="cpu")
+    later.reset_parameters()
+    torch.testing.assert_close(later.weight.norm(), torch.tensor(16 / 3).sqrt(), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="initial must be one of paper, plain, got 'small'"):
+        OREPAConv2d(8, 16, 3, initial="small")
+
+
 @pytest.mark.parametrize(("groups", "internal"), [(1, 16), (4, 16), (8, 32), (16, 32)])
 def test_internal_channels_by_default(groups, internal):
     assert OREPAConv2d(16, 16, 3, groups=groups).internal_channels == internal

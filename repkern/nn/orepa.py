@@ -16,9 +16,10 @@ from repkern.nn.kernel_conv import KernelConv2d
 from repkern.ops import SqueezeBranches, orepa_squeeze_many
 from repkern.ops.orepa_squeeze.layers import BRANCH_NAMES
 
-__all__ = ["SCALINGS", "GroupedKernel", "OREPAConv2d"]
+__all__ = ["INITIAL", "SCALINGS", "GroupedKernel", "OREPAConv2d"]
 
 SCALINGS = ("vector", "scalar", "none")
+INITIAL = ("paper", "plain")
 # Paper, supplement 2.1; for K = 1 (Rep-1x1) the released code, since the paper gives no values.
 INITIAL_SCALE = {"origin": 0.25, "avg": 0.5, "prior": 0.0, "1x1-KxK": 0.5, "1x1": 1.0, "dw-pw": 0.5}
 INITIAL_SCALE_1X1 = {"origin": 1.0, "1x1-KxK": 0.5}
@@ -67,7 +68,9 @@ class OREPAConv2d(KernelConv2d):
     scaling: "vector" (per branch and output channel, the default), "scalar" (per branch) or "none" (paper, Table 3).
     internal_channels: Cm of the 1x1-KxK branch; default Ci, or 2 Ci from more than 4 groups on (as released); for K = 1
     min(Ci, Co). expansion: filters per input channel of the dw-pw branch. branches: which of
-    ("origin", "avg", "prior", "1x1-KxK", "1x1", "dw-pw") exist; default all.
+    ("origin", "avg", "prior", "1x1-KxK", "1x1", "dw-pw") exist; default all. initial: "paper", the default, or "plain":
+    the same values with the last weight of each branch made smaller, so that the kernel is as large as a fresh
+    nn.Conv2d's and, with a norm behind it, learns as fast (docs/evidence.md).
 
     Submodules (absent ones are None), each of which holds one parameter, `weight`, B branches: origin [Co, Ci/g, K, K],
     avg, prior, pointwise [Co, Ci/g], reduce [Cm, Ci/g] (for K > 1 the deviation from an identity), expand
@@ -108,6 +111,7 @@ class OREPAConv2d(KernelConv2d):
         internal_channels: int | None = None,
         expansion: int = 8,
         branches: Sequence[str] | None = None,
+        initial: str = "paper",
     ) -> None:
         check_dtype(dtype)
         super().__init__(
@@ -115,8 +119,11 @@ class OREPAConv2d(KernelConv2d):
         )
         if scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+        if initial not in INITIAL:
+            raise ValueError(f"initial must be one of {', '.join(INITIAL)}, got {initial!r}")
         expansion = check_count("expansion", expansion)
         self.scaling = scaling
+        self.initial = initial
         self.expansion = expansion
         self.branches = _check_branches(branches, self.kernel_size[0])
         self.internal_channels = self._check_internal(internal_channels)
@@ -194,6 +201,11 @@ class OREPAConv2d(KernelConv2d):
             else:
                 getattr(self, _LAST_PARAMETER[branch]).weight.mul_(initial[branch])
         self._reset_prior_filter()
+        if self.initial == "plain":
+            # nn.Conv2d starts with the variance 1 / (3 fan_in).
+            factor = math.sqrt(self.out_channels / 3) / self.wide_kernel().norm()
+            for branch in self.branches:
+                getattr(self, _LAST_PARAMETER[branch]).weight.mul_(factor)
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_channels // self.groups * self.kernel_size[0] ** 2)
             self.bias.uniform_(-bound, bound)
@@ -377,4 +389,6 @@ class OREPAConv2d(KernelConv2d):
             text += f", scaling={self.scaling}"
         if self.branches != _check_branches(None, self.kernel_size[0]):
             text += f", branches={self.branches}"
+        if self.initial != "paper":
+            text += f", initial={self.initial}"
         return text

@@ -106,6 +106,7 @@ class OREPABlock(_NormedBlock):
         scaling: str = "vector",
         internal_channels: int | None = None,
         expansion: int = 8,
+        initial: str = "paper",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -122,6 +123,7 @@ class OREPABlock(_NormedBlock):
             scaling=scaling,
             internal_channels=internal_channels,
             expansion=expansion,
+            initial=initial,
         )
 
     def _convolved(self, x: Tensor) -> Tensor:
