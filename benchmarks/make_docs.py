@@ -1,4 +1,7 @@
-"""Write docs/performance.md and docs/backends.md from results/*.csv. --check: exit code 1 when they are stale."""
+"""Write docs/performance.md, docs/backends.md and the tables of docs/evidence.md from results/*.csv.
+
+--check: exit code 1 when they are stale.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from repkern.bench.equivalence import BOUNDS
+from repkern.bench.evidence import read_evidence
+from repkern.bench.evidence_page import with_tables
 from repkern.bench.results import read_rows
 from repkern.bench.targets import accuracy_targets
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
+EVIDENCE = "evidence.csv"
 NOTICE = "<!-- Written by benchmarks/make_docs.py from benchmarks/results. Do not edit. -->\n"
 Row = dict[str, str]
 
@@ -359,12 +365,13 @@ def timed(backend: str, device: str, rows: list[Row]) -> str:
 
 
 def documents(results: Path) -> dict[str, str]:
-    rows = read_rows(path for path in results.glob("*.csv") if path.name != "tests.csv")
+    rows = read_rows(path for path in results.glob("*.csv") if path.name not in ("tests.csv", EVIDENCE))
     tests: list[Row] = []
     if (results / "tests.csv").exists():
         with (results / "tests.csv").open(newline="") as file:
             tests = list(csv.DictReader(file))
-    return {"performance.md": performance(rows), "backends.md": backends(rows, tests)}
+    evidence = with_tables((DOCS / "evidence.md").read_text(), read_evidence(results / EVIDENCE))
+    return {"performance.md": performance(rows), "backends.md": backends(rows, tests), "evidence.md": evidence}
 
 
 def main() -> int:
