@@ -58,6 +58,7 @@ def test_a_run_has_everything(command, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["epochs"], len(summary["classes"])) == (8, 2, 10)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     weights = load_file(str(run / "model.safetensors"))
     newest = load_file(str(run / "checkpoints" / "step_00000008" / "weights.safetensors"))
     assert weights.keys() == newest.keys()

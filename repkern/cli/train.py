@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -144,9 +145,22 @@ def _work(to: Console, runtime: Runtime, run: Run[Recipe]) -> dict[str, Any]:
     with training_progress(to) as progress:
         summary = run_recipe(run.recipe, run.path, runtime, callbacks=[progress("train")])
     if runtime.is_main:
+        _draw(run)
         run.finish(summary)
     _report(to, run, summary, shown(run.path))
     return summary
+
+
+def _draw(run: Run[Recipe]) -> None:
+    """curves.png in the run folder, where matplotlib is there to draw it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from repkern.train.metrics import read_rows
+    from repkern.viz import plot_curves
+
+    smoothing = run.recipe.loss.label_smoothing
+    label = "cross-entropy" + (f" (label smoothing {smoothing:g})" if smoothing else "")
+    plot_curves({run.recipe.name or "train": read_rows(run.path)}, run.path / "curves.png", loss_label=label)
 
 
 def what_is_trained(recipe: Recipe) -> str:

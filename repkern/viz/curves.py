@@ -20,11 +20,12 @@ _MARKERS = ("o", "s", "^", "D")
 def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, loss_label: str = "loss") -> None:
     """Write a PNG with the loss and the test accuracy by epoch, one colour for each name in `histories`.
 
-    Rows are those of `Trainer.fit`. ValueError when there is nothing to draw or no colour left.
+    Rows are those of `Trainer.fit`; epochs without a test leave a gap in what tests show. ValueError when there is
+    nothing to draw or no colour left.
     """
     from matplotlib.figure import Figure
 
-    if not histories or not all(histories.values()):
+    if not histories or not all(any("test_loss" in row for row in rows) for rows in histories.values()):
         raise ValueError(f"every history needs at least one epoch, got {[len(rows) for rows in histories.values()]}")
     if len(histories) > len(_COLOURS):
         raise ValueError(f"at most {len(_COLOURS)} runs fit into one plot, got {len(histories)}")
@@ -43,16 +44,23 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
 
 
 def _draw_losses(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], index: int) -> None:
-    epochs = [row["epoch"] for row in rows]
+    tested = _tested(rows)
     style: dict[str, Any] = {"color": _COLOURS[index], "linewidth": 1.6}
+    epochs = [row["epoch"] for row in rows]
     axes.plot(epochs, [row["train_loss"] for row in rows], linestyle="--", label=f"{name}, training images", **style)
-    axes.plot(epochs, [row["test_loss"] for row in rows], label=f"{name}, test images", **_marked(index), **style)
+    losses = [row["test_loss"] for row in tested]
+    axes.plot([row["epoch"] for row in tested], losses, label=f"{name}, test images", **_marked(index), **style)
 
 
 def _draw_accuracy(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], index: int) -> None:
-    epochs = [row["epoch"] for row in rows]
-    accuracy = [100 * row["test_accuracy"] for row in rows]
+    tested = _tested(rows)
+    epochs = [row["epoch"] for row in tested]
+    accuracy = [100 * row["test_accuracy"] for row in tested]
     axes.plot(epochs, accuracy, color=_COLOURS[index], linewidth=1.6, label=name, **_marked(index))
+
+
+def _tested(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if "test_loss" in row]
 
 
 def _marked(index: int) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def _finish(axes: Axes, label: str, title: str) -> None:
 
 def _lowest_shown(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
     """In %, a little below the second half of the training: first epochs would flatten the part worth seeing."""
-    late = [100 * row["test_accuracy"] for rows in histories.values() for row in rows[len(rows) // 2 :]]
+    late = [100 * row["test_accuracy"] for rows in map(_tested, histories.values()) for row in rows[len(rows) // 2 :]]
     return max(0.0, 5 * math.floor(min(late) / 5) - 5)
 
 
@@ -83,5 +91,5 @@ def _loss_title(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _accuracy_title(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    ends = ", ".join(f"{name} {100 * rows[-1]['test_accuracy']:.2f} %" for name, rows in histories.items())
+    ends = ", ".join(f"{name} {100 * _tested(rows)[-1]['test_accuracy']:.2f} %" for name, rows in histories.items())
     return f"Test accuracy reaches: {ends}"
