@@ -4,6 +4,7 @@ go on where it stopped."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from repkern.bench.evidence_data import EvidenceData, open_data
 from repkern.bench.evidence_networks import NETWORKS
 from repkern.bench.evidence_run import run
 from repkern.bench.results import environment
+from repkern.train.trainer import Interrupted, TrainingDivergedError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "evidence.csv"
 
@@ -34,16 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * args.minutes
     data = open_data(setting, args.data)
     for number, case in enumerate(cases, 1):
-        began = time.monotonic()
-        if began > end:
+        if time.monotonic() > end:
             print(f"time is up, {len(cases) - number + 1} runs left", flush=True)
-            break
-        for row in missing(case, data, stored):
-            append_row(args.results, environment(), row)
-            what = f"{setting.name}, {row.network}, seed {row.seed}, {row.arm}"
-            seconds = time.monotonic() - began
-            print(f"{number}/{len(cases)} {what}: {row.accuracy:.2f} % ({seconds:.0f} s)", flush=True)
+            return 0
+        try:
+            store(case, data, stored, args.results, f"{number}/{len(cases)}")
+        except TrainingDivergedError as problem:
+            print(f"{number}/{len(cases)} {describe(case)}: no row, {problem}", file=sys.stderr, flush=True)
+        except Interrupted:
+            print(f"stopped; {len(cases) - number + 1} runs left", flush=True)
+            return 130
     return 0
+
+
+def store(case: Case, data: EvidenceData, stored: Sequence[dict[str, str]], results: Path, place: str) -> None:
+    began = time.monotonic()
+    for row in missing(case, data, stored):
+        append_row(results, environment(), row)
+        what = describe(case._replace(arm=dataclasses.replace(case.arm, name=row.arm)))
+        print(f"{place} {what}: {row.accuracy:.2f} % ({time.monotonic() - began:.0f} s)", flush=True)
 
 
 def missing(case: Case, data: EvidenceData, stored: Sequence[dict[str, str]]) -> Iterator[EvidenceRow]:

@@ -22,6 +22,8 @@ from repkern.bench.evidence_run import first_network, run
 from repkern.bench.results import environment
 from repkern.data.sets import MemoryData
 from repkern.nn import OREPAConv2d, reparameterize
+from repkern.train.state import Position
+from repkern.train.trainer import Interrupted, TrainingDivergedError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Setting(
@@ -33,6 +35,13 @@ ROW = EvidenceRow(
     arm="plain", network="six layers", setting="tiny", seed=0, accuracy=50.0, test_loss=1.0, train_loss=1.0,
     seconds=2.0, cpu_seconds=1.0, search_seconds=None, peak_mib=10.0, parameters=5, definition="",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def script():
@@ -167,6 +176,28 @@ def test_the_queue_stores_every_row_and_goes_on_where_it_stopped(tmp_path, monke
     assert queue.main([*common, "--setting", "tiny"]) == 0
     assert "0 runs to do, 4 rows stored" in capsys.readouterr().out
     assert len(read_evidence(results)) == 4
+
+
+def test_a_run_that_diverges_leaves_the_others_and_a_stop_leaves_what_is_stored(tmp_path, monkeypatch, capsys, data):
+    queue, results = script(), tmp_path / "evidence.csv"
+    monkeypatch.setitem(queue.SETTINGS, "tiny", SMALL)
+    monkeypatch.setattr(queue, "open_data", lambda setting, path: data)
+
+    def run(case, data):
+        if case.arm.name == "ACB":
+            raise TrainingDivergedError("the loss was not finite")
+        if case.seed == 1:
+            raise Interrupted("SIGTERM", Position(), None)
+        yield dataclasses.replace(ROW, arm=case.arm.name, seed=case.seed)
+
+    monkeypatch.setattr(queue, "run", run)
+    arguments = ["--results", str(results), "--setting", "tiny", "--arms", "ACB", "OREPA", "--seeds", "2"]
+    assert queue.main([*arguments, "--threads", "1"]) == 130
+    told = capsys.readouterr()
+    assert "seed 0, ACB: no row, the loss was not finite" in told.err
+    assert "2/4 tiny, six layers, seed 0, OREPA: 50.00 %" in told.out
+    assert "stopped; 1 runs left" in told.out
+    assert [row["arm"] for row in read_evidence(results)] == ["OREPA"]
 
 
 # A run -----------------------------------------------------------------------------------------------------------
