@@ -68,7 +68,12 @@ convolution.
 
 `repopt_*`, `digits_repopt` and `fashion_repopt` need the scales of a search for the same network: `optimizer.scales`.
 The released ones are `RepOpt-VGG-{B1,B2,L1,L2}-scales.pth` and `RepOptGhostNet_0_5x_scales.pth`; others come from
-`repkern search hyper` or `repkern.search.HyperSearch` ([repoptimizers.md](repoptimizers.md)).
+a search on a small data set ([repoptimizers.md](repoptimizers.md)), which takes a recipe too:
+
+```bash
+repkern search hyper --recipe digits_repopt
+repkern train digits_repopt --set optimizer.scales=runs/search/scales.safetensors
+```
 
 ## Memory
 

@@ -123,6 +123,21 @@ def test_images_of_a_folder(command, photographs):
     assert summary["recipe"]["data"]["root"] == str(photographs)
 
 
+def test_a_search_for_a_recipe_and_a_training_with_what_it_found(command, tmp_path):
+    small = ["-s", "model.options={widths: [4, 6], blocks: 2}", "-s", "data.limit=256", "--threads", "1"]
+    code, out, _ = command("search", "hyper", "--recipe", "digits_repopt", "--epochs", "1", *small)
+    assert code == 0
+    assert "5 layers have scales" in out
+    words = ("train", "digits_repopt", "--set", "optimizer.scales=runs/search/scales.safetensors")
+    assert " ".join(("repkern train digits_repopt --set optimizer.name=repsgd", *words[2:])) in out
+    code, out, _ = command(*words, *small, "-s", "train.epochs=1", "--json")
+    assert code == 0
+    assert json.loads(out)["recipe"]["optimizer"]["name"] == "repsgd"
+    code, _, err = command(*words, "-s", "train.epochs=1", "--threads", "1", "--out", "other")  # another network's
+    assert code == 1
+    assert "the scales are not for this SmallVGG" in err
+
+
 def test_the_search_alone(command, tmp_path):
     code, out, err = command("search", "hyper", "--epochs", "1")
     assert (code, err) == (0, "")

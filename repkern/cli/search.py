@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -14,6 +15,7 @@ from repkern.cli import _console
 from repkern.cli._console import percent
 from repkern.cli._models import AsJson
 from repkern.cli._options import (
+    Changes,
     Data,
     Device,
     DeviceOption,
@@ -40,6 +42,13 @@ __all__ = ["app"]
 
 _OUT = Path("runs/search")
 
+RecipeOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--recipe", metavar="RECIPE", help="Whose network, data and schedule: a name or file.", show_default="repopt"
+    ),
+]
+
 app = typer.Typer(no_args_is_help=True, help="Search what a network is trained with, before training it.")
 
 
@@ -50,6 +59,8 @@ def _root() -> None:
 
 @app.command()
 def hyper(
+    recipe: RecipeOption = None,
+    changes: Changes = None,
     model: Model = None,
     data: Data = None,
     image_size: Size = None,
@@ -75,6 +86,8 @@ def hyper(
     repkern search hyper                                       on digits
 
     repkern search hyper --model repopt_vgg_b1 --data cifar100 --epochs 240
+
+    repkern search hyper --recipe digits_repopt                for that recipe's network
     """
     mode = chosen_mode(resume, fresh)
     needed = {"accelerate": "Accelerate", "pydantic": "pydantic"} | ({} if data else {"sklearn": "scikit-learn"})
@@ -84,22 +97,26 @@ def hyper(
         "search_epochs": epochs, "train.seed": seed, "train.threads": threads,
         **images_and_network(data, image_size, model),
     }  # fmt: skip
-    _hyper(device, out, given, mode, as_json)
+    _hyper(recipe, changes or [], device, out, given, mode, as_json)
 
 
-def _hyper(device: Device, out: Path, given: dict[str, Any], mode: str, as_json: bool) -> None:
+def _hyper(
+    name: str | None, changes: Sequence[str], device: Device, out: Path, given: dict[str, Any], mode: str, as_json: bool
+) -> None:
     from repkern.cli._runs import recipe_for, training_run
     from repkern.train.repopt import RepOptRecipe
 
-    recipe, named = recipe_for("repopt", RepOptRecipe, device, given)
+    recipe, named = recipe_for(name or "repopt", RepOptRecipe, device, given, changes)
+    if name is not None and given["search_epochs"] is None:
+        recipe = recipe.model_copy(update={"search_epochs": recipe.train.epochs})
     to = Console(stderr=True, highlight=False) if as_json else _console.console()
     with training_run(out, recipe, mode, named, command="repkern search hyper", default=_OUT, to=to) as run:
-        summary = _work(to, run)
+        summary = _work(to, run, name)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
 
 
-def _work(to: Console, run: Run[RepOptRecipe]) -> dict[str, Any]:
+def _work(to: Console, run: Run[RepOptRecipe], name: str | None) -> dict[str, Any]:
     from repkern.cli._progress import training_progress
     from repkern.cli._runs import shown, started
     from repkern.train.build import build_data
@@ -125,7 +142,12 @@ def _work(to: Console, run: Run[RepOptRecipe]) -> dict[str, Any]:
         soft_wrap=True,
         markup=False,
     )
-    to.print("\nIn your own training, with a fresh network:", soft_wrap=True)
-    line = f'optimizer = repkern.optim.from_scales(model, "{SCALES}", lr=0.1, momentum=0.9, weight_decay=4e-5)'
+    if name is None:
+        hint = "In your own training, with a fresh network:"
+        line = f'optimizer = repkern.optim.from_scales(model, "{SCALES}", lr=0.1, momentum=0.9, weight_decay=4e-5)'
+    else:
+        hint = "A training with them:"
+        line = f"repkern train {name} --set optimizer.name=repsgd --set optimizer.scales={shown(run.path / SCALES)}"
+    to.print(f"\n{hint}", soft_wrap=True)
     to.print(f"  {line}", style="cyan", soft_wrap=True, markup=False)
     return summary

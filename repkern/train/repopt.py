@@ -90,8 +90,9 @@ def run_hyper_search(
     Writes scales.safetensors there and returns the scales and the rows of the epochs. Raises Interrupted and
     CheckpointError.
     """
-    plan = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": recipe.search_epochs})})
-    search = HyperSearch(build_model(form_of("sgd", plan), data))
+    plain = form_of("sgd", recipe)
+    plan = plain.model_copy(update={"train": recipe.train.model_copy(update={"epochs": recipe.search_epochs})})
+    search = HyperSearch(build_model(plan, data))
     own = [*callbacks(SEARCH), SearchProgress(search)]
     trainer = Trainer(search.model, data, plan, callbacks=own, folder=folder / SEARCH, runtime=runtime)
     trainer.resume()
@@ -153,12 +154,18 @@ def run_repopt(
 
 
 def form_of(name: str, recipe: RepOptRecipe, folder: Path | None = None) -> RepOptRecipe:
-    """The recipe of the training called `name` in FORMS; that of "repopt" takes the scales found in `folder`."""
+    """The recipe of the training called `name` in FORMS; that of "repopt" takes the scales found in `folder`.
+
+    The others have torch's optimizer, also where `recipe` has a RepOptimizer.
+    """
     changes: dict[str, Any] = {"model": recipe.model.model_copy(update={"block": _BLOCKS[name]})}
     if name == "repopt":
         assert folder is not None
         scales = {"name": "repsgd", "scales": str(folder / SCALES)}
         changes["optimizer"] = recipe.optimizer.model_copy(update=scales)
+    elif recipe.optimizer.scales:
+        plain = {"name": recipe.optimizer.name.removeprefix("rep"), "scales": ""}
+        changes["optimizer"] = recipe.optimizer.model_copy(update=plain)
     return recipe.model_copy(update=changes)
 
 
