@@ -1,5 +1,6 @@
 """What holds for every test: NaN in fresh memory, guard bytes around native outputs, no TF32, warnings are errors."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -87,3 +88,14 @@ def run_python(tmp_path):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_process_is_left():
+    """After the test, none of the processes that it started is alive."""
+    before = set(multiprocessing.active_children())
+    yield
+    left = [process for process in multiprocessing.active_children() if process not in before]
+    for process in left:
+        process.kill()
+    assert not left

@@ -1,5 +1,3 @@
-import multiprocessing
-
 import numpy
 import pytest
 import torch
@@ -34,14 +32,3 @@ def make_folder(tmp_path):
         return tmp_path / "photos"
 
     return make
-
-
-@pytest.fixture
-def no_process_is_left():
-    """After the test, none of the processes that it started is alive."""
-    before = set(multiprocessing.active_children())
-    yield
-    left = [process for process in multiprocessing.active_children() if process not in before]
-    for process in left:
-        process.kill()
-    assert not left

@@ -13,6 +13,7 @@ __all__ = [
     "conv_target",
     "infer_memory_target",
     "infer_target",
+    "loader_target",
     "ops_target",
     "optim_memory_target",
     "optim_target",
@@ -76,6 +77,8 @@ _OPTIM = {
 }
 _OPTIM_MEMORY_PERCENT = 0.1
 _REPOPT_STEPS = {("cpu", "repopt_vgg_b1_b8_128", "plain RepVGG"): 1.6}
+# Of reading images: a step that reads to one on data in memory, and decoding by two workers to one.
+_LOADER_STEP, _LOADER_DECODING = 1.03, 1.7
 _STEP_RATIOS = {"resnet18_b32_224": 1.10, "resnet18_b16_128": 1.6}
 
 
@@ -155,6 +158,13 @@ def repopt_target(device: str, case: str, rival: str) -> Target | None:
     """The least speed-up of a RepOpt-VGG's training step over `rival`, or None."""
     value = _REPOPT_STEPS.get((device, case, rival))
     return None if value is None else Target(value, f"x {rival}")
+
+
+def loader_target(what: str) -> Target:
+    """The longest training step that reads its images ("step"), or the least speed-up of decoding by two workers."""
+    if what == "step":
+        return Target(_LOADER_STEP, "x in memory", at_most=True)
+    return Target(_LOADER_DECODING, "x 1 worker")
 
 
 def verdict(target: Target | None, measured: float) -> str:

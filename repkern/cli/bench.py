@@ -1,9 +1,8 @@
-"""`repkern bench ops|train|blocks|conv|infer`: parses, calls, prints."""
+"""`repkern bench ops|train|blocks|conv|infer|optim|repopt|loader`: parses, calls, prints."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -15,10 +14,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from repkern.bench import results
 from repkern.bench.registry import CONV_CASES, conv_cases, load_cases
-from repkern.bench.results import Row
-from repkern.cli._console import INTERRUPTED, fail, terminated_like_ctrl_c
+from repkern.cli._bench_rows import run
 from repkern.ops import BACKENDS
 
 __all__ = ["app"]
@@ -86,7 +83,7 @@ def ops(
         cuda_graph=cuda_graph,
         quick=quick,
     )
-    _run(lambda on_row, say: run_ops(cases, options, on_row, say), output, as_json, device)
+    run(lambda on_row, say: run_ops(cases, options, on_row, say), output, as_json, device)
 
 
 @app.command()
@@ -119,7 +116,7 @@ def train(
         memory=memory,
         grouped=grouped,
     )
-    _run(lambda on_row, say: run_train(cases, options, on_row, say), output, as_json, device)
+    run(lambda on_row, say: run_train(cases, options, on_row, say), output, as_json, device)
 
 
 @app.command()
@@ -144,7 +141,7 @@ def blocks(
     if quick:
         cases = [dataclasses.replace(case, batch=4, size=64, name=f"{case.name}_quick") for case in cases]
     options = BlocksOptions(backend, device, pairs or (3 if quick else 9), channels_last, memory)
-    _run(lambda on_row, say: run_blocks(cases, options, on_row, say), output, as_json, device)
+    run(lambda on_row, say: run_blocks(cases, options, on_row, say), output, as_json, device)
 
 
 @app.command()
@@ -197,7 +194,7 @@ def conv(
         cases = _filtered(conv_cases(words, batches), filter)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layer") from None
-    _run(lambda on_row, say: run_conv(cases, options, on_row, say), output, as_json, device)
+    run(lambda on_row, say: run_conv(cases, options, on_row, say), output, as_json, device)
 
 
 @app.command()
@@ -241,7 +238,7 @@ def infer(
         min_sample_seconds=0.02 if quick else 0.05,
         memory=memory and not quick,
     )
-    _run(lambda on_row, say: run_infer(models, options, on_row, say), output, as_json, device)
+    run(lambda on_row, say: run_infer(models, options, on_row, say), output, as_json, device)
 
 
 def _one_of(value: object, allowed: Iterable[object], option: str) -> None:
@@ -278,7 +275,7 @@ def optim(
     options = OptimOptions(backend, device, pairs or (3 if quick else 15), 0.125 if quick else 1.0)
     if quick:
         cases = [dataclasses.replace(case, name=f"{case.name}_quick") for case in cases]
-    _run(lambda on_row, say: run_optim(cases, options, on_row, say), output, as_json, device)
+    run(lambda on_row, say: run_optim(cases, options, on_row, say), output, as_json, device)
 
 
 @app.command()
@@ -301,7 +298,25 @@ def repopt(
     options = RepOptOptions(backend, device, pairs or (3 if quick else 7), channels_last, 0.125 if quick else 1.0)
     if quick:
         cases = [dataclasses.replace(case, batch=4, size=64, name=f"{case.name}_quick") for case in cases]
-    _run(lambda on_row, say: run_repopt(cases, options, on_row, say), output, as_json, device)
+    run(lambda on_row, say: run_repopt(cases, options, on_row, say), output, as_json, device)
+
+
+@app.command()
+def loader(
+    quick: Quick = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    workers: Annotated[list[int] | None, typer.Option(min=0, help="May be repeated. Default: 0 and 1.")] = None,
+    pairs: Pairs = None,
+) -> None:
+    """Reading images: a training step that decodes and augments, against data in memory; decoding with two workers."""
+    from repkern.bench.loader import LoaderOptions, run_loader
+
+    count = pairs or (3 if quick else 7)
+    options = LoaderOptions(workers=tuple(workers or (0, 1)), pairs=count)
+    if quick:
+        options = dataclasses.replace(options, steps=2, large_batches=4, width=0.25, suffix="_quick")
+    run(lambda on_row, say: run_loader(options, on_row, say), output, as_json, "cpu")
 
 
 def _check_device(device: str) -> None:
@@ -330,61 +345,3 @@ def _filtered(cases: list[Any], filter: str) -> list[Any]:
         names = ", ".join(case.name for case in cases)
         raise typer.BadParameter(f"no case matches {filter!r}; there are: {names}", param_hint="--filter")
     return chosen
-
-
-def _run(
-    measure: Callable[[Callable[[Row], None], Callable[[str], None]], list[str]],
-    output: Path | None,
-    as_json: bool,
-    device: str,
-) -> None:
-    """Run, printing and storing every row when it comes. Exit 1 after a failed check, 130 after Ctrl-C."""
-    env = results.environment(device)
-    path = output / results.default_file_name(env) if output is not None and output.is_dir() else output
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
-
-    def on_row(row: Row) -> None:
-        if path is not None:
-            results.append_row(path, env, row)
-        if as_json:
-            print(json.dumps(dataclasses.asdict(env) | dataclasses.asdict(row)), flush=True)
-        else:
-            say(_line(row))
-
-    say(
-        f"{env.gpu or env.cpu}, {env.threads} threads, {env.isa}; torch {env.torch}; repkern {env.repkern} {env.commit}"
-    )
-    try:
-        with terminated_like_ctrl_c():
-            failures = measure(on_row, say)
-    except KeyboardInterrupt:
-        say("interrupted; the rows so far are kept" + (f" in {path.name}" if path else ""))
-        raise typer.Exit(INTERRUPTED) from None
-    except (RuntimeError, ValueError) as error:
-        fail(str(error))
-    if failures:
-        fail("check failed: " + "; ".join(failures))
-
-
-def _line(row: Row) -> str:
-    name = f"  {row.case:<18} {row.what:<16} {row.backend:<10}"
-    if row.kind == "conv":
-        name = f"  {row.case:<13} {row.what:<38} {'cold' if row.mode == 'cold weights' else 'warm'}"
-    gap = f"  {row.target}: {row.verdict}" if row.target else ""
-    if row.kind == "optim-memory":
-        return f"{name} {row.extra_mib:8.3f} MiB, {row.ratio:.3f} % of {row.limit_mib:.1f} MiB of {row.baseline}{gap}"
-    if row.kind in ("blocks-memory", "infer-memory"):
-        return f"{name} {row.extra_mib:8.1f} MiB, {row.ratio:.2f} x {row.baseline} at {row.limit_mib:.1f} MiB{gap}"
-    if row.kind == "conv-median":
-        how = "cold" if row.mode == "cold weights" else "warm"
-        return f"  {row.case:<13} {row.what:<38} {how} {row.ratio:6.2f} x faster than {row.baseline}{gap}"
-    if row.kind == "memory":
-        return f"{name} {row.extra_mib:8.1f} MiB over plain, limit {row.limit_mib:.1f} MiB{gap}"
-    time = f"{name} {row.ms:9.3f} ms"
-    if not row.baseline:
-        return f"{time}  {row.gflops:6.1f} GFLOP/s  {row.peak_percent:5.1f} % of peak{gap}"
-    spread = f"(p20 {row.ratio_p20:.2f}, p80 {row.ratio_p80:.2f})"
-    meaning = f"x {row.baseline}" if row.kind in ("train", "blocks") else f"x faster than {row.baseline}"
-    return f"{time}  {row.ratio:6.2f} {meaning} at {row.baseline_ms:.3f} ms {spread}{gap}"
