@@ -21,6 +21,7 @@ def commands(device: str, quick: bool) -> list[list[str]]:
             answer += [["conv", *common, "--precision", how], ["infer", *common, "--precision", how]]
     else:
         answer += [["conv", *common], ["conv", *common, "--isa", "avx2"], ["infer", *common]]
+        answer += [["loader", *common[2:]]]
     answer += [["optim", *common], ["repopt", *common]]
     return answer
 
