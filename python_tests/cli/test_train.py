@@ -7,12 +7,17 @@ import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import repkern
+from repkern.models import save
 from repkern.train.recipe_files import load_recipe
 from repkern.train.runs import open_run
+from repkern.train.trained import load_trained
 
 TINY = """
 base: digits_plain
@@ -200,6 +205,39 @@ def test_weights_of_another_network(command, tmp_path):
         json.loads((tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()[0])["train_loss"]
         < first["train_loss"]
     )
+
+
+def test_fine_tuning_on_a_folder_of_images(command, tmp_path):
+    generator = numpy.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "pets" / part / label).mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=numpy.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / part / label / f"{number}.png")
+    torch.manual_seed(0)
+    trained = repkern.create_model("resnet18", num_classes=5, width=0.25)
+    save(trained, tmp_path / "resnet18.safetensors")
+    small = (
+        "model.options={width: 0.25}",
+        "data.image_size=32",
+        "data.workers=0",
+        "train.batch_size=4",
+        "train.epochs=1",
+    )
+    words = [word for change in (*small, "train.threads=1") for word in ("--set", change)]
+    code, out, err = command("train", "finetune_folder", "--data", "pets", "--out", "tuned", "--json", *words)
+    assert code == 0, err
+    assert json.loads(out)["classes"] == ["cat", "dog"]
+    found = load_trained(tmp_path / "tuned")
+    assert torch.equal(found.model.stem.conv.weight, trained.stem.conv.weight)  # frozen
+    assert found.model.head.out_features == 2
+    blocks = [name for name, module in found.model.named_modules() if isinstance(module, repkern.OREPAConv2d)]
+    assert blocks
+    assert all(name.startswith("stages.3.") for name in blocks)
+    first = found.model.stages[0][0].conv1.conv.weight
+    moved = (first - trained.stages[0][0].conv1.conv.weight).abs().max()
+    assert 0 < moved < 0.1  # trained, from what it was
 
 
 def test_a_run_of_another_recipe_is_not_continued(command, stop_at, tmp_path):

@@ -85,6 +85,28 @@ def test_what_is_no_recipe_is_named(text, expected):
     assert found[0].startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (
+            "[{name: crop},\n {name: flip,\n horizontl: 1}]",
+            "my.yaml:4: data.augment.1.flip.horizontl: there is no such field; did you mean data.augment.1.flip.horiz",
+        ),
+        (
+            "[\n{name: crop,\n padding: -1}]",
+            "my.yaml:4: data.augment.0.crop.padding: must be greater than or equal to 1",
+        ),
+        ("[{name: flipp}]", "my.yaml:2: data.augment.0: name must be one of 'flip', 'crop'"),
+        ("[{name: flipp}]", "got 'flipp'; did you mean flip?"),
+        ("[{padding: 3}]", "my.yaml:2: data.augment.0: needs a name: what it is, got {'padding': 3}"),
+        ("[flip]", "my.yaml:2: data.augment.0: must be a mapping of fields, got 'flip'"),
+        ("[{name: flip, xyz: 1}]", "my.yaml:2: data.augment.0.flip.xyz: there is no such field"),
+    ],
+)
+def test_steps_of_augmentation(steps, expected):
+    assert expected in problems(f"data:\n  augment: {steps}\n")[0]
+
+
 def test_small_files_that_would_become_huge_are_refused():
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]

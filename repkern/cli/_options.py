@@ -35,6 +35,7 @@ __all__ = [
     "images_and_network",
     "images_of",
     "network_of",
+    "whole_path",
 ]
 
 
@@ -86,6 +87,11 @@ Threads = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Only continue the newest unfinished run.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run in any case.")]
+
+
+def whole_path(data: str) -> str:
+    """A folder or file as a path that means the same from elsewhere; a name of a data set stays as it is."""
+    return str(Path(data).absolute()) if Path(data).exists() else data
 
 
 def chosen_mode(resume: bool, fresh: bool) -> Literal["auto", "resume", "fresh"]:

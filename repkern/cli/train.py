@@ -15,7 +15,17 @@ from rich.console import Console
 from repkern.cli import _console
 from repkern.cli._console import WRONG_USE, fail, percent
 from repkern.cli._models import AsJson
-from repkern.cli._options import Changes, DataFolder, Device, DeviceOption, Fresh, Resume, Threads, chosen_mode
+from repkern.cli._options import (
+    Changes,
+    DataFolder,
+    Device,
+    DeviceOption,
+    Fresh,
+    Resume,
+    Threads,
+    chosen_mode,
+    whole_path,
+)
 
 if TYPE_CHECKING:
     from repkern.train.distributed import Runtime
@@ -77,7 +87,7 @@ def train(
     from repkern.train.recipe import Recipe
 
     mode = chosen_mode(resume, fresh)
-    given = {"data.root": None if data is None else str(data), "train.threads": threads}
+    given = {"data.root": None if data is None else whole_path(data), "train.threads": threads}
     chosen, named = recipe_for(recipe, Recipe, device, given, changes or [])
     if data is not None and chosen.data.name == "digits":
         fail("--data: the digits come with scikit-learn; for a folder add --set data.name=folder", WRONG_USE)

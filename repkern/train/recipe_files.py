@@ -198,26 +198,36 @@ def _problem(tree: Located, found: Mapping[str, Any], schema: type[Recipe]) -> P
 def _reason(path: Sequence[str | int], found: Mapping[str, Any], schema: type[Recipe]) -> str:
     kind, got = found["type"], found["input"]
     if kind == "extra_forbidden":
-        return _unknown([str(part) for part in path], schema)
+        return _unknown(path, schema)
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
-        expected = found["ctx"]["expected"]
-        close = near(str(got), [option.strip("'") for option in expected.replace(" or ", ", ").split(", ")])
-        return f"must be {expected}, got {got!r:.80}" + (f"; did you mean {close}?" if close else "")
+        return _choose(found["ctx"]["expected"], got)
+    if kind == "union_tag_not_found":
+        return f"needs a name: what it is, got {got!r:.80}"
+    if kind == "union_tag_invalid":
+        return f"name {_choose('one of ' + found['ctx']['expected_tags'], found['ctx']['tag'])}"
     if kind in ("value_error", "assertion_error"):
         return str(found["ctx"]["error"])
     message = str(found["msg"]).replace("Input should be ", "must be ")
     for theirs, ours in (
         ("an object", "a mapping of fields"),
         ("a valid array", "a list"),
+        ("Tuple should", "should"),
+        ("Dictionary should", "should"),
         ("a valid string", "a text"),
     ):
         message = message.replace(theirs, ours)
     return f"{message}, got {got!r:.80}"
 
 
-def _unknown(path: Sequence[str], schema: type[Recipe]) -> str:
+def _choose(expected: str, got: Any) -> str:
+    options = expected.removeprefix("one of ").replace(" or ", ", ").split(", ")
+    close = near(str(got), [option.strip("'") for option in options])
+    return f"must be {expected}, got {got!r:.80}" + (f"; did you mean {close}?" if close else "")
+
+
+def _unknown(path: Sequence[str | int], schema: type[Recipe]) -> str:
     meant = suggestion(schema, path)
     return "there is no such field" + (f"; did you mean {meant}?" if meant else "")
 

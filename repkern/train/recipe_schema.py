@@ -96,10 +96,12 @@ def find_field(root: type[BaseModel], path: Sequence[str]) -> list[str]:
     return keys
 
 
-def suggestion(root: type[BaseModel], path: Sequence[str]) -> str:
+def suggestion(root: type[BaseModel], path: Sequence[str | int]) -> str:
     """The field that somebody who wrote `path` may have meant, dotted, or an empty string."""
     name = str(path[-1])
     within = _section_at(root, path[:-1])
+    if within is None and any(isinstance(part, int) for part in path):
+        return ""
     prefix = ".".join([*map(str, path[:-1]), ""]) if path[:-1] else ""
     if within is not None:
         wanted = _OTHER_NAMES.get(name, name)
@@ -117,12 +119,28 @@ def suggestion(root: type[BaseModel], path: Sequence[str]) -> str:
 
 
 def _section_at(root: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = root
+    """The section at a path as pydantic writes it: with numbers in lists, and the name of the member in unions."""
+    annotation: Any = root
     for part in path:
-        if section is None or part not in section.model_fields:
-            return None
-        section = section_in(section.model_fields[str(part)].annotation)
-    return section
+        section = section_in(annotation)
+        if isinstance(part, int):
+            annotation = next(iter(typing.get_args(annotation)), None)
+        elif section is not None and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+        else:
+            annotation = next((member for member in _members(annotation) if _called(member, part)), None)
+    return section_in(annotation)
+
+
+def _members(annotation: Any) -> Sequence[Any]:
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return typing.get_args(annotation)
+
+
+def _called(member: Any, name: str) -> bool:
+    fields = getattr(member, "model_fields", {})
+    return "name" in fields and fields["name"].default == name
 
 
 def near(name: str, candidates: Any) -> str:

@@ -186,15 +186,16 @@ def plain(tree: Located) -> Any:
 
 
 def place_of(tree: Located, path: Sequence[str | int]) -> str:
-    """Where the value at `path` stands, or the deepest part of it that is there."""
+    """Where the value at `path` stands, or the deepest part of it that is there.
+
+    Parts that are not there are passed over: pydantic puts in which member of a union it tried.
+    """
     for part in path:
         inside = tree.value
         if isinstance(inside, dict) and part in inside:
             tree = inside[str(part)]
         elif isinstance(inside, list) and isinstance(part, int) and part < len(inside):
             tree = inside[part]
-        else:
-            break
     return tree.place
 
 

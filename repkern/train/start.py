@@ -9,23 +9,24 @@ from torch import Tensor, nn
 
 from repkern.models.checkpoints import load_checkpoint
 from repkern.models.structure import apply_changes
-from repkern.train.checkpoint import Checkpoint, CheckpointFolder
+from repkern.train.run_checkpoints import read_run
 
-__all__ = ["best_checkpoint", "start_from"]
+__all__ = ["start_from"]
 
 
 def start_from(model: nn.Module, source: str | Path) -> list[str]:
-    """Load `source` into `model`: a file that `repkern.load_checkpoint` reads, or the folder of a run (its best step).
+    """Load `source` into `model`: a file that `repkern.load_checkpoint` reads, a run folder (its best step), or one of
+    the checkpoints in it.
 
     A last layer of another number of classes is left as it is; returns the names of its tensors. Everything else must
-    fit: ValueError lists what does not. FileNotFoundError, CheckpointError for a run without a whole checkpoint.
+    fit: ValueError lists what does not. FileNotFoundError, CheckpointError for a folder without a whole checkpoint.
     """
     path = Path(source)
     tensors: Mapping[str, Tensor] | None = None
     if path.is_dir():
-        found = best_checkpoint(path)
-        apply_changes(model, found.structure.get("changes", {}))
-        tensors = found.weights if found.average is None else found.average
+        found = read_run(path)
+        apply_changes(model, found.checkpoint.structure.get("changes", {}))
+        tensors = found.weights
     try:
         load_checkpoint(path if tensors is None else tensors, model)
         return []
@@ -37,16 +38,6 @@ def start_from(model: nn.Module, source: str | Path) -> list[str]:
             raise
         load_checkpoint({**ours, **other}, model)
         return sorted(other)
-
-
-def best_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint of a run with the best test metric, else the newest. FileNotFoundError when it has none."""
-    checkpoints = CheckpointFolder(folder / "checkpoints")
-    steps = checkpoints.steps()
-    if not steps:
-        raise FileNotFoundError(f"{folder} has no checkpoints of a run (checkpoints/step_...)")
-    best = checkpoints.best()
-    return checkpoints.load(steps[-1] if best is None else best)
 
 
 def _other_classes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
