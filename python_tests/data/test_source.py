@@ -209,6 +209,16 @@ def test_bad_positions_are_errors_at_the_call(make_set, arguments, text):
         make_source(make_set).train_batches(*arguments)
 
 
+def test_a_test_set_without_names_has_the_classes_of_the_training_set():
+    def numbered(count):
+        return MemoryData(torch.zeros(count, 1, 4, 4), torch.arange(count))
+
+    source = ImageSource(numbered(8), numbered(3), batch_size=4, seed=0)
+    assert source.classes == tuple("01234567")
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), one of the classes, got 0 to 7"):
+        ImageSource(numbered(3), numbered(8), batch_size=2, seed=0)
+
+
 def test_sets_that_do_not_fit_together(make_set):
     other = MemoryData(torch.zeros(4, 1, 4, 4), torch.arange(4), ["a", "b", "c", "d"])
     with pytest.raises(ValueError, match="same classes, they differ in a, b, c"):

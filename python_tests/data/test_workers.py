@@ -1,5 +1,6 @@
 """Worker processes: they stay, they go when nobody needs them, and their death is an error that says what to do."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -75,6 +76,20 @@ def test_workers_end_when_an_epoch_is_left_in_its_middle(make_source):
     assert not children()
 
 
+def test_workers_end_with_their_source(make_set):
+    source = ImageSource(make_set(50), make_set(13), batch_size=5, seed=0, workers=1)
+    list(source.train_batches(0))
+    assert len(children()) == 1
+    del source
+    gc.collect()
+    assert not children()
+
+
+def test_nothing_to_read_starts_no_workers(make_source):
+    assert list(make_source().train_batches(0, 10)) == []
+    assert not children()
+
+
 def test_a_test_in_the_middle_of_an_epoch_has_workers_of_its_own(make_source):
     source = make_source()
     expected = [batch.labels.tolist() for batch in make_source(workers=0).train_batches(0)]
@@ -140,6 +155,30 @@ def test_what_workers_get_can_be_sent_to_another_process():
     piece = next(source._train_pieces(0, 0, Shard()))
     again = pickle.loads(pickle.dumps(reader))[piece]
     assert torch.equal(again.batch.images, reader[piece].batch.images)
+
+
+_SPAWNING = """
+import multiprocessing, torch
+from repkern.data import DataRecipe, open_data
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    found = []
+    for workers in (0, 1):
+        recipe = DataRecipe(augment=({"name": "flip"}, {"name": "crop", "padding": 1}), workers=workers)
+        source = open_data(recipe, batch_size=32, seed=0)
+        found.append(torch.cat([batch.images for epoch in (0, 1) for batch in source.train_batches(epoch)]))
+        source.close()
+    print(torch.equal(*found))
+"""
+
+
+def test_workers_that_are_not_forked_give_the_same_bits(run_python, tmp_path):
+    pytest.importorskip("sklearn")
+    script = tmp_path / "spawning.py"
+    script.write_text(_SPAWNING)
+    found = run_python("-W", "ignore", script)
+    assert (found.stdout, found.stderr) == ("True\n", "")
 
 
 _WAITING = """

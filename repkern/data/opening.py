@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -88,16 +89,17 @@ class _Steps:
 
 
 def _open(recipe: DataRecipe) -> _Pair:
+    root = os.path.expanduser(recipe.root)
     if recipe.name == "digits":
         return open_digits()
     if recipe.name == "fashion_mnist":
-        return open_fashion_mnist(recipe.root, fetch=recipe.download)
+        return open_fashion_mnist(root, fetch=recipe.download)
     if recipe.name in ("cifar10", "cifar100"):
-        return open_cifar(int(recipe.name.removeprefix("cifar")), recipe.root, fetch=recipe.download)
+        return open_cifar(int(recipe.name.removeprefix("cifar")), root, fetch=recipe.download)
     if recipe.name in ("folder", "imagenet"):
-        return open_folder(recipe.root)
+        return open_folder(root)
     options = recipe.huggingface.model_dump()
-    return open_huggingface(recipe.root, **options, lengths=(recipe.limit, recipe.test_limit))
+    return open_huggingface(root, **options, lengths=(recipe.limit, recipe.test_limit))
 
 
 def _limited(recipe: DataRecipe, pair: _Pair) -> _Pair:

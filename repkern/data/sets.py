@@ -73,7 +73,7 @@ class MemoryData:
         if low < 0 or high >= len(self.classes):
             raise ValueError(f"labels must be in [0, {len(self.classes)}), one of the classes, got {low} to {high}")
         self.channels = int(images.shape[1])
-        self._about = about
+        self._about, self._named = about, classes is not None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,6 +98,12 @@ class MemoryData:
     def take(self, numbers: Tensor) -> MemoryData:
         """The set of the images with these numbers [M] int64, in their order."""
         return MemoryData(self.images[numbers], self.labels[numbers], self.classes, top=self.top)
+
+    def named_like(self, other: Sequence[str]) -> MemoryData:
+        """This set with the classes of another one, if it was given none. ValueError for labels that are not in it."""
+        if self._named or self.classes == tuple(other):
+            return self
+        return MemoryData(self.images, self.labels, other, top=self.top, about=self._about)
 
     def describe(self) -> dict[str, Any]:
         """Sums of images and labels."""

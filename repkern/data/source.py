@@ -57,6 +57,7 @@ class ImageSource:
         options: dict[str, Any] | None = None,
     ) -> None:
         framing = framing or Framing(channels=train.channels)
+        test = test.named_like(train.classes) if isinstance(test, MemoryData) else test
         _check_sets(train, test, framing)
         _check_sizes(len(train), batch_size, test_batch_size)
         _check_normalization(mean, std, framing.channels)

@@ -42,6 +42,8 @@ class WorkerPool:
 
     def read(self, pieces: Iterable[Piece], count: int) -> Iterator[Read]:
         """What is read for the `count` pieces, in their order. DataWorkerError when a process ends by itself."""
+        if count == 0:
+            return
         if self._workers == 0:
             for piece in pieces:
                 with one_thread():
@@ -115,14 +117,14 @@ class _Workers:
         It would raise in whatever line the main thread is when a worker ends, in the middle of a training step too.
         Here the next batch is where that is noticed.
         """
-        in_main = threading.current_thread() is threading.main_thread()
-        before, children = signal.getsignal(signal.SIGCHLD) if in_main else None, set(multiprocessing.active_children())
+        # Windows has no such signal, and only the main thread may set handlers.
+        child = getattr(signal, "SIGCHLD", None) if threading.current_thread() is threading.main_thread() else None
+        before = None if child is None else signal.getsignal(child)
         with _group_signals_held():  # processes inherit that, and so hear none before they can ignore them
             self._iterator = iter(self._loader)
-        if not self._processes:
-            self._processes = [each for each in multiprocessing.active_children() if each not in children]
-        if in_main and before is not None:
-            signal.signal(signal.SIGCHLD, before)
+        self._processes = list(getattr(self._iterator, "_workers", ()))
+        if child is not None and before is not None:
+            signal.signal(child, before)
 
     def _next(self) -> Read | Exception | None:
         return next(self._iterator, None)
