@@ -67,7 +67,7 @@ def training_run(
     command, default: of the words that continue the run. to: the console for what is said. opened: what is entered in
     place of `open_run`.
     """
-    from repkern.data.errors import MissingExtraError
+    from repkern.data.errors import DataWorkerError, MissingExtraError
     from repkern.train import CheckpointError, DistributedError, Interrupted, TrainingDivergedError
     from repkern.train.runs import RunError, open_run
 
@@ -93,6 +93,8 @@ def training_run(
                 )
     except RunError as error:
         fail(str(error), WRONG_USE)
+    except DataWorkerError as error:
+        fail(f"{error}. The same command continues from the last checkpoint.")
     except (MissingExtraError, TrainingDivergedError, DistributedError, OSError, ValueError) as error:
         fail(str(error))
 
