@@ -44,18 +44,19 @@ _COMMON: dict[str, Any] = {
     "checkpoint": {"every_steps": 8},
 }
 _OREPA = {**_COMMON["model"], "replace": {"block": "OREPAConv2d"}}
+_EVERYTHING: dict[str, Any] = {  # moving average, accumulation, data workers, mixed labels, another optimizer
+    **_COMMON,
+    "model": _OREPA,
+    "data": {**_COMMON["data"], "workers": 2, "mix": {"mixup": 0.2}},
+    "train": {**_COMMON["train"], "accumulate": 2, "clip_norm": 5.0},
+    "ema": {"decay": 0.99},
+    "optimizer": {"name": "adamw", "lr": 0.003},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": _COMMON,
     "orepa": {**_COMMON, "model": _OREPA},
-    "everything": {  # moving average, accumulation, data workers, mixed labels, another optimizer
-        **_COMMON,
-        "model": _OREPA,
-        "data": {**_COMMON["data"], "workers": 2, "mix": {"mixup": 0.2}},
-        "train": {**_COMMON["train"], "accumulate": 2, "clip_norm": 5.0},
-        "ema": {"decay": 0.99},
-        "optimizer": {"name": "adamw", "lr": 0.003},
-    },
-    "writing": {**_COMMON, "ema": {"decay": 0.99}, "checkpoint": {"every_steps": 1, "keep": 1}},
+    "everything": _EVERYTHING,
+    "writing": {**_EVERYTHING, "checkpoint": {"every_steps": 1, "keep": 1}},
 }
 
 
@@ -76,30 +77,48 @@ class Progress(Callback):
         self._file.flush()
 
 
-def work(variant: str, folder: str, progress: str) -> None:
+def work(variant: str, folder: str, progress: str, epochs: str) -> None:
     """One process of a training, from wherever it is to its end."""
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in any other process
-    recipe = Recipe.model_validate(VARIANTS[variant])
+    # Data workers of a process that was killed complain before they end.
+    os.dup2(os.open(Path(folder) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    settings = VARIANTS[variant]
+    recipe = Recipe.model_validate({**settings, "train": {**settings["train"], "epochs": int(epochs)}})
     data = build_data(recipe)
     with build_trainer(recipe, data, folder=Path(folder), callbacks=[Progress(Path(progress))]) as trainer:
         trainer.resume()
         trainer.fit()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is trained."""
+
+    variant: str
+    processes: int
+    epochs: int
+
+
 class Training:
     """A running training: in one process of a server that has everything imported, or in several under torchrun."""
 
-    def __init__(self, variant: str, folder: Path, processes: int) -> None:
+    def __init__(self, plan: Plan, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._progress = folder, folder / f"progress_{time.monotonic_ns()}"
         self._progress.touch()
-        arguments = [variant, str(folder), str(self._progress)]
+        arguments = [plan.variant, str(folder), str(self._progress), str(plan.epochs)]
         self._one = self._many = None
-        if processes == 1:
+        if plan.processes == 1:
             self._one = multiprocessing.get_context("forkserver").Process(target=work, args=arguments)
             self._one.start()
         else:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={plan.processes}",
+            ]
             log = (folder / "log").open("ab")
             self._many = subprocess.Popen([*launcher, __file__, "--work", *arguments], stdout=log, stderr=log)
 
@@ -145,7 +164,6 @@ class Training:
 class Run:
     """What was done to one training, and what came of it."""
 
-    variant: str
     kills: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
 
@@ -172,18 +190,17 @@ def kill_somewhere(training: Training, chance: random.Random, last: int, *, writ
     return ""
 
 
-def killed(variant: str, folder: Path, steps: int, chance: random.Random, processes: int, *, times: int) -> Run:
+def killed(plan: Plan, folder: Path, steps: int, chance: random.Random, *, times: int) -> Run:
     """One training, killed `times` times, then left to its end."""
-    run = Run(variant)
+    run = Run()
     while len(run.kills) < times:
-        training = Training(variant, folder, processes)
-        where = kill_somewhere(training, chance, steps, writing=variant == "writing")
+        training = Training(plan, folder)
+        where = kill_somewhere(training, chance, steps, writing=plan.variant == "writing")
         if where:
             run.kills.append(where)
         elif run.kills:  # it was resumed too close to its end
             break
-    training = Training(variant, folder, processes)
-    code = training.wait()
+    code = Training(plan, folder).wait()
     if code:
         run.differing.append(f"exit code {code}")
     return run
@@ -213,31 +230,31 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def run_variant(variant: str, base: Path, count: int, chance: random.Random, processes: int) -> list[Run]:
+def run_all(plan: Plan, base: Path, count: int, chance: random.Random) -> list[Run]:
     """`count` killed runs beside the uninterrupted one."""
-    whole = Training(variant, base / variant / "whole", processes)
+    whole = Training(plan, base / "whole")
     if whole.wait():
-        raise RuntimeError(f"the uninterrupted run of {variant} failed")
+        raise RuntimeError(f"the uninterrupted run of {plan.variant} failed:\n{(whole.folder / 'log').read_text()}")
     wanted, steps = newest(whole.folder), whole.lines()[-1][0]
     runs = []
     for number in range(count):
-        folder = base / variant / str(number)
-        run = killed(variant, folder, steps, chance, processes, times=chance.randint(1, 3))
+        folder = base / str(number)
+        run = killed(plan, folder, steps, chance, times=chance.randint(1, 3))
         if not run.differing:
             run.differing += differences(wanted, newest(folder))
         runs.append(run)
-        print(f"{variant:<12} {number + 1:>3}  killed at {', '.join(run.kills):<44} {run.verdict}", flush=True)
+        print(f"{plan.variant:<12} {number + 1:>3}  killed at {', '.join(run.kills):<44} {run.verdict}", flush=True)
     return runs
 
 
-def row_of(variant: str, runs: list[Run], processes: int) -> Row:
+def row_of(plan: Plan, runs: list[Run]) -> Row:
     """For the stored results."""
     same, kills = sum(not run.differing for run in runs), [kill for run in runs for kill in run.kills]
     halves = sum("writing" in kill for kill in kills)
     return Row(
         kind="kills",
-        op=variant,
-        case=f"digits, {processes} process{'es' if processes > 1 else ''}",
+        op=plan.variant,
+        case=f"digits, {plan.processes} process{'es' if plan.processes > 1 else ''}",
         what=f"{len(kills)} kills, {halves} while a checkpoint was written",
         dtype="float32",
         device="cpu",
@@ -255,9 +272,10 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10, help="killed runs of each variant")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=3, help="of 22 steps each")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--dry-run", action="store_true", help="store no rows")
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         work(*args.work)
@@ -266,8 +284,9 @@ def main() -> int:
     chance, env, failed = random.Random(args.seed), environment(), 0
     for variant in args.variants:
         with tempfile.TemporaryDirectory() as base:
-            runs = run_variant(variant, Path(base), args.runs, chance, args.processes)
-        row = row_of(variant, runs, args.processes)
+            plan = Plan(variant, args.processes, args.epochs)
+            runs = run_all(plan, Path(base), args.runs, chance)
+        row = row_of(plan, runs)
         failed += sum(bool(run.differing) for run in runs)
         print(f"{variant}: {row.what}, {row.verdict}")
         if not args.dry_run:
