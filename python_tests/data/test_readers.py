@@ -118,8 +118,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(tmp_path, monkeypatch):
     """A folder, and the address that a server in this process gives it."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "served"
     folder.mkdir()
     handler = lambda *arguments: Quiet(*arguments, directory=str(folder))  # noqa: E731

@@ -81,7 +81,7 @@ class Reader:
         if piece.part == "train" and self._augment is not None:
             images = self._augment(images, draws)
         if len(self._mean):
-            images = (images - self._mean).mul_(self._scale)
+            images = images.sub_(self._mean).mul_(self._scale)  # in place: memory is half of what this costs
         batch = Batch(images, labels)
         if piece.part == "train" and self._mix is not None:
             batch = self._mix(batch, draws)

@@ -29,7 +29,8 @@ class ImageSource:
         seed: of order and augmentation.
         framing: cropping and resizing; without it images are used as they are.
         mean, std: of each channel, for pixels in [0, 1]; empty for no normalization.
-        augment: from training images [N, C, H, W] floating in [0, 1] and their draws to others.
+        augment: from training images [N, C, H, W] floating in [0, 1] and their draws to others, which are then
+            normalized in place.
         mix: from normalized training batches and the draws of their samples to mixed ones.
         workers: processes; 0 for this one. The batches are the same to the bit.
         test_batch_size: of this process, at most; 0 for `batch_size`.
