@@ -90,6 +90,12 @@ def test_images_in_memory_or_read_each_time_are_the_same(make_folder, memory):
     assert source.describe() == open_source(folder, image_size=10, memory=1 - memory).describe()
 
 
+def test_fewer_images_than_a_batch_name_the_folder(make_folder):
+    folder = make_folder(count=1)
+    with pytest.raises(ValueError, match=r"number of training images of .*photos, 2, got 4"):
+        open_source(folder)
+
+
 def test_their_own_size_or_a_clear_error(make_folder):
     folder = make_folder(size=(6, 6))
     source = open_source(folder)

@@ -74,6 +74,7 @@ def open_data(recipe: DataRecipe, *, batch_size: int, seed: int) -> ImageSource:
         test_batch_size=recipe.test_batch_size,
         on_error=recipe.on_error,
         damaged_share=recipe.damaged_share,
+        name=recipe.root or recipe.name,
         options=recipe.model_dump(mode="json", exclude=_NOT_DESCRIBED),
     )
 

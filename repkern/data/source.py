@@ -36,6 +36,7 @@ class ImageSource:
         test_batch_size: of this process, at most; 0 for `batch_size`.
         on_error: what happens with an image that cannot be read, see `Damages`; `damaged_share` are allowed.
         options: what else `describe` tells, JSON values.
+        name: of the data, for error messages.
     Raises ValueError for sizes and classes that do not fit; fewer training images than a batch are an error too.
     """
 
@@ -56,11 +57,12 @@ class ImageSource:
         on_error: Literal["skip", "fail"] = "skip",
         damaged_share: float = 0.01,
         options: dict[str, Any] | None = None,
+        name: str = "",
     ) -> None:
         framing = framing or Framing(channels=train.channels)
         test = test.named_like(train.classes) if isinstance(test, MemoryData) else test
         _check_sets(train, test, framing)
-        _check_sizes(len(train), batch_size, test_batch_size)
+        _check_sizes(len(train), batch_size, test_batch_size, name)
         _check_normalization(mean, std, framing.channels)
         self.classes = train.classes
         self.channels, self.batch_size = framing.channels, batch_size
@@ -195,11 +197,12 @@ def _check_sets(train: ImageSet | StreamData, test: ImageSet | StreamData, frami
         raise ValueError(f"images of {train.channels} channels cannot become ones of {framing.channels}")
 
 
-def _check_sizes(count: int, batch_size: int, test_batch_size: int) -> None:
+def _check_sizes(count: int, batch_size: int, test_batch_size: int, name: str) -> None:
     if batch_size < 1 or test_batch_size < 0:
         raise ValueError(f"batch_size must be at least 1 and test_batch_size 0, got {batch_size} and {test_batch_size}")
     if count < batch_size:
-        raise ValueError(f"batch_size must be at most the number of training images, {count}, got {batch_size}")
+        of = f" of {name}" if name else ""
+        raise ValueError(f"batch_size must be at most the number of training images{of}, {count}, got {batch_size}")
 
 
 def _check_normalization(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
