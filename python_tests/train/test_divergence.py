@@ -167,11 +167,13 @@ def test_broken_weights_are_not_saved_when_a_step_is(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
+@pytest.mark.parametrize("value", [BAD, float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["weight", "running_var"])
-def test_what_is_looked_at(name):
+def test_what_is_looked_at(name, value):
     model = small_model()
+    model.register_parameter("nothing", nn.Parameter(torch.zeros(0)))
     assert not_finite(model) == ""
-    getattr(model[0][1], name).data[2] = float("inf")
+    getattr(model[0][1], name).data[2] = value
     assert not_finite(model) == f"0.1.{name}"
 
 

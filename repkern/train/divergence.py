@@ -51,8 +51,10 @@ def not_finite(model: nn.Module) -> str:
     for path, module in model.named_modules():
         if isinstance(module, _NormBase):
             tensors |= {f"{path}.{name}".lstrip("."): buffer for name, buffer in module.named_buffers(recurse=False)}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     local = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in tensors.values()]  # of a sharded one
-    finite = torch.stack([torch.isfinite(tensor).all() for tensor in local]).tolist() if local else []
+    # NaN passes through aminmax, which reads a tensor once and makes no other of its size.
+    finite = torch.stack([torch.isfinite(torch.stack(t.aminmax())).all() for t in local]).tolist() if local else []
     return next((name for name, good in zip(tensors, finite, strict=True) if not good), "")
 
 
