@@ -3,6 +3,8 @@
 python examples/your_own_model.py
 """
 
+import argparse
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -22,6 +24,10 @@ def make_model() -> nn.Module:
 
 def main() -> None:
     """Swap, train, deploy, and see that the function stayed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    steps = parser.parse_args().steps
+
     torch.manual_seed(0)
     report = repkern.nn.ReplaceReport()
     model = repkern.replace_convs(make_model(), report=report)
@@ -29,7 +35,7 @@ def main() -> None:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     images, labels = torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
-    for step in range(20):
+    for step in range(steps):
         loss = cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
