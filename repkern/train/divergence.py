@@ -51,11 +51,13 @@ def not_finite(model: nn.Module) -> str:
     for path, module in model.named_modules():
         if isinstance(module, _NormBase):
             tensors |= {f"{path}.{name}".lstrip("."): buffer for name, buffer in module.named_buffers(recurse=False)}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-    local = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in tensors.values()]  # of a sharded one
+    local = {name: getattr(t, "to_local", lambda t=t: t)() for name, t in tensors.items()}  # of what is sharded
+    local = {name: tensor for name, tensor in local.items() if tensor.numel()}
+    if not local:
+        return ""
     # NaN passes through aminmax, which reads a tensor once and makes no other of its size.
-    finite = torch.stack([torch.isfinite(torch.stack(t.aminmax())).all() for t in local]).tolist() if local else []
-    return next((name for name, good in zip(tensors, finite, strict=True) if not good), "")
+    finite = torch.stack([torch.isfinite(torch.stack(tensor.aminmax())).all() for tensor in local.values()]).tolist()
+    return next((name for name, good in zip(local, finite, strict=True) if not good), "")
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, recipe: RunRecipe) -> bool:
