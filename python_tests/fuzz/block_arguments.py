@@ -48,6 +48,7 @@ LEGAL = {
     "post_se": (None, None, 2),
     "strided_reduce": (True, False),
     "scaling": ("vector", "scalar", "none"),
+    "initial": ("paper", "plain"),
     "expansion": (8, 1, 3),
     "factors": ("orepa", "plain", ("orepa", "plain")),
     "average": (False, True),
