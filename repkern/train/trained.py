@@ -38,19 +38,27 @@ class TrainedNetwork:
     metrics: Mapping[str, Any]
 
 
-def load_trained(path: Path, which: Literal["best", "last"] = "best") -> TrainedNetwork:
+def load_trained(path: str | Path, which: Literal["best", "last"] = "best") -> TrainedNetwork:
     """The network of a run folder or of one of its checkpoints; the moving average of the weights where there is one.
 
     which: of a run folder, the checkpoint with the best test accuracy (the newest when none was tested) or the newest.
-    CheckpointError for a folder without checkpoints, and for damaged and foreign ones.
+    CheckpointError for a folder without checkpoints, for damaged and foreign ones, and for the run of a `Trainer` whose
+    network was made in Python: `repkern.train.start.start_from` loads it into that network.
     """
-    found = read_run(path, which)
+    found = read_run(Path(path), which)
     state = found.checkpoint.state
     try:
+        if "model" not in state["recipe"]:
+            raise CheckpointError(
+                f"{found.path} does not say of which network it is, because that was made in Python: make it again, "
+                "and load this folder into it with repkern.train.start.start_from(network, folder)"
+            )
         recipe = Recipe.model_validate_json(json.dumps(state["recipe"]))
         data = _outline(state["data"], recipe)
         model = _network(recipe, data, found)
         rows = [row for row in state["rows"] if row["step"] == found.step]
+    except CheckpointError:
+        raise
     except ValidationError as error:
         raise CheckpointError(f"{found.path} was trained without a whole recipe: {error}") from None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
