@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from repkern.data.digits import open_digits
 from safetensors.torch import load_file
 
 from repkern.data import ImageSource
+from repkern.data.digits import open_digits
 from repkern.models.small_vgg import SmallVGG
 from repkern.optim import RepSGD, load_scales, save_scales
 from repkern.search import HyperSearch
