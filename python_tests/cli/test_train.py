@@ -161,6 +161,13 @@ def test_what_cannot_be_is_one_line_and_an_exit_code(command, words, code, expec
     assert "Traceback" not in err
 
 
+def test_a_run_that_could_not_begin_leaves_no_folder(command, tmp_path):
+    assert command("train", "tiny.yaml", "--set", "model.name=resnet19")[0] == 1
+    assert not (tmp_path / "runs" / "tiny").exists()
+    assert command("train", "tiny.yaml", "--set", "train.max_steps=1")[0] == 0
+    assert (tmp_path / "runs" / "tiny" / "summary.json").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(command):
     code, _, err = command("train", "tiny.yaml", "--device", "cuda")

@@ -51,6 +51,7 @@ def open_run(
     auto: continue the newest run with this recipe if it is unfinished, else start a new one.
     resume: continue the newest unfinished run with the recipe it has; RunError when there is none or when a setting
     named in `given` ("train.epochs") differs. fresh: start a new one. A run is finished when it has a summary.json.
+    A new folder in which nothing was done when the block ends with an exception is taken back.
     """
     base = base.absolute()
     if base.exists() and not base.is_dir():
@@ -68,7 +69,21 @@ def open_run(
     with _locked(path):
         if chosen is None:
             write_atomically(path / _RECIPE, recipe.to_json())
-        yield Run(path, recipe, chosen is not None, notes)
+        try:
+            yield Run(path, recipe, chosen is not None, notes)
+        except BaseException:
+            if chosen is None:
+                _forget(path)
+            raise
+
+
+def _forget(path: Path) -> None:
+    """Take back a folder in which nothing was done, so that the next run does not have to be called run-2."""
+    with contextlib.suppress(OSError):
+        if {file.name for file in path.iterdir()} <= {_RECIPE, ".lock"}:
+            (path / _RECIPE).unlink(missing_ok=True)
+            (path / ".lock").unlink(missing_ok=True)
+            path.rmdir()
 
 
 def _existing(base: Path) -> list[Path]:
