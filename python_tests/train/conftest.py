@@ -42,6 +42,7 @@ def worker():
         pytest.skip("POSIX signals")
     found = WorkerProcess()
     yield found
-    found.process.stdin.close()
+    found.process.kill()  # the end of its input may never come: other processes, forked since, hold the pipe
     found.process.wait()
+    found.process.stdin.close()
     found.process.stdout.close()

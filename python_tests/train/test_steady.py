@@ -1,6 +1,7 @@
 """What must not pile up, and the small parts that a step leans on."""
 
 import gc
+import multiprocessing
 import os
 import signal
 
@@ -80,21 +81,23 @@ def test_a_data_worker_that_dies_is_an_error_that_says_so_and_the_run_resumes(tm
     })  # fmt: skip
 
     def kill(trainer):
-        import multiprocessing
-
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        own = next(process for process in multiprocessing.active_children() if process not in before)
+        os.kill(own.pid, signal.SIGKILL)
 
     def make(folder, callbacks=()):
         return build_trainer(recipe, build_data(recipe), folder=folder, callbacks=callbacks)
 
     whole = make(None)
     whole.fit()
+    whole.data.close()
+    before = multiprocessing.active_children()
     broken = make(tmp_path, [At(5, kill)])
     with pytest.raises(DataWorkerError, match=r"data workers? ended: process \d+ .*use fewer workers"):
         broken.fit()
     resumed = make(tmp_path)
     assert resumed.resume().step == 4
     resumed.fit()
+    resumed.data.close()
     assert_same(whole, resumed)
 
 
