@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -271,6 +270,13 @@ def accuracy_section(rows: list[Row]) -> str:
     return f"{ACCURACY_HEAD}\n{table(head, lines)}" if lines else ""
 
 
+def runs_section(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["kind"] in ("kills", "steady", "overhead")]
+    found = newest(rows, lambda r: tuple(r[name] for name in ("kind", "op", "case"))).values()
+    lines = [[row[name] for name in ("kind", "op", "case", "what", "verdict")] for row in found]
+    return f"### Training\n\n{table(['check', 'training', 'case', 'what', 'verdict'], lines)}" if lines else ""
+
+
 def short_ratio(row: Row | None) -> str:
     return f"{float(row['ratio']):.2f}" if row else ""
 
@@ -324,7 +330,7 @@ def performance(rows: list[Row]) -> str:
         text += f"last row {last['date'][:10]}, commit {last['commit'] or 'unknown'}.\n\n"
         sections = (
             targets_section, conv_section, infer_section, accuracy_section, ops_section, train_section, blocks_section,
-            optimizer_section, equivalence_section,
+            optimizer_section, equivalence_section, runs_section,
         )  # fmt: skip
         text += "\n".join(filter(None, (section(here) for section in sections)))
     if not any(row["device"] == "cuda" for row in rows):
@@ -337,9 +343,7 @@ def backends(rows: list[Row], tests: list[Row]) -> str:
     lines = []
     for backend, (what, devices) in BACKENDS.items():
         for device in devices:
-            where = "GPU" if device == "cuda" else "CPU"
-            if device == "cpu" and backend == "triton":
-                where = "CPU (interpreter)"
+            where = "GPU" if device == "cuda" else "CPU (interpreter)" if backend == "triton" else "CPU"
             lines.append([f"`{backend}`", what, where, tested(backend, device, tests), timed(backend, device, rows)])
     text += table(["backend", "what it is", "on", "op tests", "benchmarks"], lines)
     text += "\n`repkern info` says which of them can run on your machine, and why each other one cannot.\n"
@@ -366,10 +370,7 @@ def timed(backend: str, device: str, rows: list[Row]) -> str:
 
 def documents(results: Path) -> dict[str, str]:
     rows = read_rows(path for path in results.glob("*.csv") if path.name not in ("tests.csv", EVIDENCE))
-    tests: list[Row] = []
-    if (results / "tests.csv").exists():
-        with (results / "tests.csv").open(newline="") as file:
-            tests = list(csv.DictReader(file))
+    tests = read_rows(path for path in [results / "tests.csv"] if path.exists())
     evidence = with_tables((DOCS / "evidence.md").read_text(), read_evidence(results / EVIDENCE))
     return {"performance.md": performance(rows), "backends.md": backends(rows, tests), "evidence.md": evidence}
 
