@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from repkern.deploy._methods import ConvSpec
+from repkern.nn import SyncBatchNorm
 
 __all__ = [
     "activation_of",
@@ -106,8 +107,8 @@ def spec_of(conv: nn.Conv2d, activation: str, precision: str) -> ConvSpec:
 def foldable_norm(module: nn.Module | None, conv: nn.Conv2d) -> bool:
     """Whether this is a BatchNorm whose running statistics can go into the convolution's weights."""
     return (
-        isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
-        and type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm | SyncBatchNorm)
+        and type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
         and not has_hooks(module)
         and not module.training
         and module.running_mean is not None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from repkern.nn._norm_state import SYNCHRONIZED
 from repkern.nn.block import RepBlock
 from repkern.nn.branch_weight import BranchWeight
 
@@ -69,7 +70,7 @@ def _compare(name: str, module: nn.Module | None, fresh: nn.Module | None, chang
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     # A file should not need a process group to be read: a synchronized norm is a norm.
-    return nn.BatchNorm2d if isinstance(module, nn.SyncBatchNorm) else type(module)
+    return nn.BatchNorm2d if isinstance(module, SYNCHRONIZED) else type(module)
 
 
 def _alike(module: nn.Module, fresh: nn.Module) -> bool:
@@ -77,7 +78,7 @@ def _alike(module: nn.Module, fresh: nn.Module) -> bool:
     return (
         _kind(module) is _kind(fresh)
         and list(module._modules) == list(fresh._modules)
-        and (isinstance(module, nn.SyncBatchNorm) or module.extra_repr() == fresh.extra_repr())
+        and (isinstance(module, SYNCHRONIZED) or module.extra_repr() == fresh.extra_repr())
         and _tensors(module) == _tensors(fresh)
     )
 

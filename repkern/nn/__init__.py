@@ -1,6 +1,7 @@
 """Re-parameterizable blocks, and the conversion of whole models to and from them."""
 
 from repkern.nn import fold
+from repkern.nn._norm_state import SyncBatchNorm
 from repkern.nn.acb import ACBlock
 from repkern.nn.block import RepBlock
 from repkern.nn.conv_norm_act import ConvNormAct
@@ -23,6 +24,7 @@ from repkern.nn.reparameterize import reparameterize
 from repkern.nn.repghost import RepGhostModule
 from repkern.nn.repvgg import RepVGGBlock
 from repkern.nn.squeeze_excite import SqueezeExcite
+from repkern.nn.synchronize import synchronize_norms
 from repkern.nn.trivial import TrivialRepConv2d
 from repkern.nn.verify import ReparameterizeReport
 from repkern.nn.winograd import WinogradConv2d
@@ -50,6 +52,7 @@ __all__ = [
     "ReparameterizeReport",
     "ReplaceReport",
     "SqueezeExcite",
+    "SyncBatchNorm",
     "TrivialRepConv2d",
     "WinogradConv2d",
     "custom_l2",
@@ -59,5 +62,6 @@ __all__ = [
     "make_block",
     "reparameterize",
     "replace_convs",
+    "synchronize_norms",
     "ungroup_squeeze",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repkern.nn._norm_state import uses_batch
+from repkern.nn._norm_state import SyncBatchNorm, uses_batch
 from repkern.nn._surgery import copied_model
 from repkern.nn._weight_hooks import current_bias, current_weight
 
@@ -40,7 +40,7 @@ class AffineNorm(NamedTuple):
 
 def is_torchs(norm: nn.Module) -> bool:
     """Whether this is a BatchNorm with torch's own forward."""
-    own = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    own = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
     return isinstance(norm, _BatchNorm) and type(norm).forward in own and "forward" not in vars(norm)
 
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repkern.nn._called_whole import children_called_whole
-from repkern.nn._norm_state import untouched
+from repkern.nn._norm_state import SyncBatchNorm, untouched
 from repkern.nn._surgery import names_of_modules
 from repkern.nn._tracing import restored
 from repkern.nn.block import RepBlock
@@ -98,7 +98,7 @@ def _fit(conv: nn.Module, norm: nn.Module) -> bool:
 
 def _only_normalizes(norm: _BatchNorm) -> bool:
     """Not a subclass that computes more, as timm's norms, which run the activation too."""
-    return type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
 
 
 def _look_into(root: nn.Module, seen: _Seen) -> None:

@@ -7,11 +7,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["is_plain", "sync_group", "untouched", "update_running", "uses_batch"]
+from repkern.nn.sync_norm import synced_branch_norm_add
+from repkern.ops import Norm
 
-_PLAIN = (nn.BatchNorm2d, nn.SyncBatchNorm)
+__all__ = ["SYNCHRONIZED", "SyncBatchNorm", "is_plain", "sync_group", "untouched", "update_running", "uses_batch"]
+
 _has_global_hook = torch.nn.modules.module._has_any_global_hook
+
+
+class SyncBatchNorm(_BatchNorm):
+    """torch's SyncBatchNorm, which works on GPUs only, on the CPU as well. Input [N, C, ...] of any size.
+
+    Not a subclass: DistributedDataParallel refuses those on the CPU.
+    """
+
+    process_group: Any = None  # all processes
+
+    _check_input_dim: Any = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels: Any = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch's, with the statistics of all processes in train mode."""
+        group = sync_group(self)
+        if group is None or input.device.type != "cpu":
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        maps = input if input.dim() == 4 else input.reshape(*input.shape[:2], -1, 1)
+        norm = Norm(self.weight, self.bias, eps=self.eps)
+        out, mean, var, count = synced_branch_norm_add([maps], [norm], "none", group)
+        update_running([self], mean, var, count)
+        return out.view_as(input)
+
+
+#: Norms that share their statistics over processes.
+SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm)
+_PLAIN = (nn.BatchNorm2d, *SYNCHRONIZED)
 
 
 def untouched(module: nn.Module) -> bool:
@@ -27,7 +60,7 @@ def untouched(module: nn.Module) -> bool:
 
 
 def is_plain(norm: nn.Module) -> bool:
-    """Whether this is torch's own BatchNorm2d or SyncBatchNorm, called as it is."""
+    """Whether this is torch's own BatchNorm2d or a SyncBatchNorm, called as it is."""
     return type(norm) in _PLAIN and untouched(norm)
 
 
@@ -38,7 +71,7 @@ def uses_batch(norm: Any) -> bool:
 
 def sync_group(norm: Any) -> Any:
     """The process group over which the batch is spread, None for this process alone."""
-    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+    if type(norm) not in SYNCHRONIZED or not norm.training:
         return None
     if not distributed.is_available() or not distributed.is_initialized():
         return None

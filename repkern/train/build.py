@@ -15,6 +15,7 @@ from repkern.data import DataSource, open_data
 from repkern.models import create_model
 from repkern.models.digits import DigitsNet
 from repkern.models.small_vgg import SmallVGG
+from repkern.nn import synchronize_norms
 from repkern.train.callbacks import Callback
 from repkern.train.distributed import Runtime
 from repkern.train.recipe import ModelRecipe, Recipe
@@ -51,7 +52,7 @@ def build_model(recipe: Recipe, data: DataSource) -> nn.Module:
     if wanted.freeze:
         _freeze(model, wanted.freeze)
     if wanted.sync_norm:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        synchronize_norms(model)
     return model.to(getattr(torch, wanted.dtype))
 
 
