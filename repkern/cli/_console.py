@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -84,10 +85,15 @@ def megabytes(size: float) -> str:
 
 @contextlib.contextmanager
 def terminated_like_ctrl_c() -> Iterator[None]:
-    """A polite kill (SIGTERM) ends the block as Ctrl-C does, so that a run stopped by a scheduler can be resumed."""
+    """A polite kill (SIGTERM) ends the block as Ctrl-C does, so that a run stopped by a scheduler can be resumed.
+
+    On its way out with an error the process goes on: torchrun sends SIGTERM when another process of the run has failed,
+    and what this one has to say about it should be read.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if sys.exc_info()[0] is None:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from repkern.train.trainer import Trainer
 
-__all__ = ["Callback", "StructureChanged", "check_names"]
+__all__ = ["Callback", "StructureChanged", "check_names", "gradients_of"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,9 @@ def check_names(callbacks: Sequence[Callback]) -> None:
     names = [callback.name for callback in callbacks if callback.state_dict() or callback.named_parameters()]
     if len(set(names)) < len(names) or "" in names:
         raise ValueError(f"callbacks with state need names of their own, got {names}")
+
+
+def gradients_of(callbacks: Sequence[Callback]) -> list[Tensor]:
+    """Those of the callbacks' own trained tensors, which no wrapper of the network knows."""
+    tensors = [tensor for callback in callbacks for tensor in callback.named_parameters().values()]
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]

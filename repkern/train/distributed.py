@@ -1,4 +1,5 @@
-"""Processes, devices and precision: the only file that knows Hugging Face Accelerate and torch.distributed.
+"""Processes, devices and precision: the only file that knows Hugging Face Accelerate and, with `sharded.py` for
+FSDP2, torch.distributed.
 
 Accelerate finds out how this process was launched (`torchrun`, `accelerate launch`, Slurm through them), joins the
 others, and chooses device, autocast and gradient scaler. Its `prepare` is not used: it patches `forward` of the model
@@ -10,19 +11,26 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
+import time
+import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from repkern.data.batch import Shard
 from repkern.data.errors import MissingExtraError
+from repkern.train import sharded
 from repkern.train.recipe import RunRecipe
 
 __all__ = ["DistributedError", "Runtime", "explained", "world_size"]
+
+T = TypeVar("T")
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TIMEOUT_MINUTES = 10
@@ -60,6 +68,8 @@ class Runtime:
             raise ValueError("precision fp16 needs a GPU; bf16 works on CPUs too")
         self._joined_here = not (distributed.is_available() and distributed.is_initialized())
         threads = torch.get_num_threads()
+        if self._joined_here:
+            _Groups.join("gloo" if on_cpu else "nccl")
         self._accelerator = _accelerator(recipe, on_cpu)
         # Accelerate sets one thread where OMP_NUM_THREADS is not set; how many is the recipe's to say.
         torch.set_num_threads(threads)
@@ -71,14 +81,44 @@ class Runtime:
         if recipe.strategy == "fsdp2" and self.world == 1:
             raise ValueError("strategy fsdp2 shards a network over several processes; this run has one (use torchrun)")
 
+    def check(self, recipe: RunRecipe) -> None:
+        """ValueError when a training with `recipe` needs other choices than those this object was made with."""
+        for name in ("device", "precision", "strategy", "compile"):
+            own, wanted = getattr(self._recipe, name), getattr(recipe, name)
+            if own != wanted:
+                raise ValueError(f"the runtime was made for {name} {own!r}, this training has {wanted!r}")
+
+    def part_of(self, batch_size: int, accumulate: int) -> Shard:
+        """This process's part of every batch. ValueError when the batch cannot be divided into equal pieces."""
+        if batch_size % (self.world * accumulate):
+            raise ValueError(
+                f"batch_size {batch_size} cannot be divided into equal pieces for {self.world} processes that take "
+                f"{accumulate} each (accumulate): it must be a multiple of {self.world * accumulate}"
+            )
+        return Shard(self.rank, self.world, accumulate)
+
     # What the network runs in ------------------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> bool:
+        """Whether `shard` spreads networks over the processes."""
+        return self._recipe.strategy == "fsdp2"
+
+    def shard(self, *models: nn.Module) -> None:
+        """Spread parameters over the processes, in place, where the recipe says so; before optimizers are made."""
+        for model in models if self.shards else ():
+            sharded.shard(model, self.device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """What is called in training in place of `model`, whose parameters it shares."""
         wrapped = model
-        if self.world > 1 and any(parameter.requires_grad for parameter in model.parameters()):
+        if self.world > 1 and not self.shards and any(parameter.requires_grad for parameter in model.parameters()):
             ids = [self.device.index] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(model, device_ids=ids)
+            # A sum over more than two processes depends in its last bits on the place in a bucket, and DDP fills its
+            # buckets anew after its first step, which a resumed run has elsewhere; but not where it has to look for
+            # unused parameters.
+            steady = self.world > 2 and self._recipe.deterministic
+            wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=steady)
         return torch.compile(wrapped) if self._recipe.compile else wrapped  # type: ignore[return-value]
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
@@ -88,6 +128,7 @@ class Runtime:
     @contextlib.contextmanager
     def piece(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
         """Around forward and backward of one piece of a batch; gradients are exchanged in the last one only."""
+        sharded.sum_gradients(wrapped, last)
         no_sync = getattr(wrapped, "no_sync", None)
         with contextlib.nullcontext() if last or no_sync is None else no_sync():
             yield
@@ -105,16 +146,32 @@ class Runtime:
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the running statistics of rank 0, which are those that are saved."""
+        self._share(model.buffers())
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Give every process the parameters and buffers of rank 0."""
+        self._share([*model.parameters(), *model.buffers()])
+
+    @torch.no_grad()
+    def _share(self, tensors: Iterable[Tensor]) -> None:
         if self.world > 1:
             with explained():
-                for buffer in model.buffers():
-                    distributed.broadcast(buffer, 0)
+                for tensor in tensors:
+                    distributed.broadcast(tensor.detach(), 0)
 
     # Gradients ---------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, scaled in fp16."""
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Make each the mean over all processes, in place: gradients of what is not in the network."""
+        if self.world > 1:
+            with explained():
+                for tensor in tensors:
+                    distributed.all_reduce(tensor)
+                    tensor /= self.world
 
     def unscale(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Give gradients their own size again, once a step."""
@@ -173,6 +230,26 @@ class Runtime:
             distributed.broadcast_object_list(values)
         return values[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns at rank 0, for every process; its error is raised in every process too."""
+        if self.world == 1:
+            return work()
+        outcome: tuple[Any, Exception | None] | None = None
+        if self.is_main:
+            try:
+                outcome = work(), None
+            except Exception as problem:
+                outcome = None, _sendable(problem)
+        value, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return value
+
+    def vary_random(self) -> None:
+        """Give the processes different random numbers, as dropout on different images needs; rank 0 keeps its own."""
+        if self.rank:
+            torch.manual_seed((torch.initial_seed() + self.rank) % 2**63)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
@@ -184,7 +261,7 @@ class Runtime:
         from accelerate.state import AcceleratorState
 
         gc.collect()
-        if self._joined_here and self.world > 1 and distributed.is_initialized():
+        if self._joined_here and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
         # Accelerate keeps its choices for the whole process; another training may choose differently.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -198,6 +275,57 @@ class Runtime:
         self.close()
 
 
+class _Groups:
+    """The groups that this process joins, one after the other.
+
+    Processes find each other's addresses in a store that outlives a group, and with torchrun a whole life of the run:
+    under one name for all groups they could find those of processes that are gone.
+    """
+
+    _store: Any = None
+
+    @classmethod
+    def join(cls, backend: str) -> None:
+        """Join the processes that a launcher started with this one; without one, nothing."""
+        if world_size() == 1 or "RANK" not in os.environ:
+            return
+        rank, world = int(os.environ["RANK"]), world_size()
+        with explained():
+            if cls._store is None:
+                # Where it is not the launcher's it lives in rank 0, for as long as somebody there holds it.
+                cls._store, _, _ = next(iter(distributed.rendezvous("env://", timeout=_timeout())))
+            store = distributed.PrefixStore(_new_name(cls._store, rank, world), cls._store)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_timeout())
+
+
+def _new_name(store: Any, rank: int, world: int) -> str:
+    """A name that the processes that are alive agree on, and that was never used before.
+
+    Rank 0 invents one and welcomes who answers under it. Others may read one of an earlier life, where nobody does.
+    """
+    own, leader = uuid.uuid4().hex, "repkern/leader"
+    if rank == 0:
+        store.set(leader, own)
+        for other in range(1, world):
+            guest = store.get(f"repkern/{own}/{other}").decode()
+            store.set(f"repkern/{own}/{guest}", "welcome")
+        return own
+    told, end = "", time.monotonic() + _timeout().total_seconds()
+    while time.monotonic() < end:
+        name = store.get(leader).decode()
+        if name != told:
+            store.set(f"repkern/{name}/{rank}", own)
+            told = name
+        if store.check([f"repkern/{name}/{own}"]):
+            return name
+        time.sleep(0.01)
+    raise distributed.DistStoreError(f"rank 0 did not answer rank {rank}")
+
+
+def _timeout() -> timedelta:
+    return timedelta(minutes=float(os.environ.get("REPKERN_TIMEOUT_MINUTES", _TIMEOUT_MINUTES)))
+
+
 def _accelerator(recipe: RunRecipe, on_cpu: bool) -> Any:
     try:
         from accelerate import Accelerator, InitProcessGroupKwargs
@@ -206,14 +334,22 @@ def _accelerator(recipe: RunRecipe, on_cpu: bool) -> Any:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    timeout = timedelta(minutes=float(os.environ.get("REPKERN_TIMEOUT_MINUTES", _TIMEOUT_MINUTES)))
     with warnings.catch_warnings(), explained():
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
         return Accelerator(
             cpu=on_cpu,
             mixed_precision=_PRECISION[recipe.precision],
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout())],
         )
+
+
+def _sendable(problem: Exception) -> Exception:
+    """The error itself, or its text where it cannot be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(problem))
+    except Exception:  # whatever its __reduce__ raises
+        return RuntimeError(f"{type(problem).__name__}: {problem}")
+    return problem
 
 
 @contextlib.contextmanager

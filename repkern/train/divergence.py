@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,4 +68,5 @@ def clip_gradients(optimizer: torch.optim.Optimizer, recipe: RunRecipe) -> bool:
         nn.utils.clip_grad_value_(parameters, recipe.clip_value)
     if not recipe.clip_norm:
         return True
-    return bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)))
+    total = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+    return math.isfinite(getattr(total, "full_tensor", lambda: total)().item())

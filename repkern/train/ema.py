@@ -44,6 +44,13 @@ class MovingAverage:
             self._pairs.append((slots(self.module, own), slots(model, own)))
 
     @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Hold the parameters of `model`."""
+        theirs = dict(model.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(theirs[name])
+
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """After step number `step` (from 1) of the attached model."""
         if step % self._recipe.every:

@@ -9,6 +9,7 @@ import torch
 
 from repkern.data.batch import Shard
 from repkern.train.meters import Meters
+from repkern.train.sharded import whole_weights
 
 if TYPE_CHECKING:
     from repkern.train.trainer import Trainer
@@ -41,12 +42,13 @@ def evaluate(trainer: Trainer, between: Callable[[], None] = lambda: None) -> di
     meters = Meters(trainer.task, "test_", trainer.runtime.device)
     model.eval()
     try:
-        for batch in trainer.data.test_batches(Shard(trainer.runtime.rank, trainer.runtime.world)):
-            placed = trainer.place(batch)
-            with trainer.runtime.autocast():
-                result = trainer.task.test(model, placed)
-            meters.update(result, placed)
-            between()
+        with whole_weights(model):
+            for batch in trainer.data.test_batches(Shard(trainer.runtime.rank, trainer.runtime.world)):
+                placed = trainer.place(batch)
+                with trainer.runtime.autocast():
+                    result = trainer.task.test(model, placed)
+                meters.update(result, placed)
+                between()
     finally:
         for module, training in modes:
             module.training = training

@@ -13,6 +13,7 @@ from repkern.nn import custom_l2_parameters
 from repkern.optim import RepAdamW, RepSGD, from_scales, weight_decay_groups
 from repkern.train.callbacks import StructureChanged
 from repkern.train.recipe import TrainingRecipe
+from repkern.train.sharded import part_like
 
 __all__ = ["follow_structure", "load_optimizer", "make_optimizer", "optimizer_state", "parameter_groups"]
 
@@ -108,7 +109,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], n
     for group, members in zip(groups, names, strict=True):
         _set(group, [(name, named[name]) for name in members])
     optimizer.state.clear()
-    optimizer.load_state_dict(packed)
+    # The numbers in a state_dict count the parameters of all groups.
+    members = [named[name] for group in names for name in group]
+    parts = {
+        number: {key: part_like(value, members[number]) for key, value in state.items()}
+        for number, state in packed["state"].items()
+    }
+    optimizer.load_state_dict({**packed, "state": parts})
 
 
 def _set(group: dict[str, Any], members: list[tuple[str, Any]]) -> None:

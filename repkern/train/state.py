@@ -14,6 +14,7 @@ from repkern.train.checkpoint import Checkpoint, CheckpointError
 from repkern.train.optimizers import load_optimizer, optimizer_state
 from repkern.train.recipe_compare import recipe_differences
 from repkern.train.reproducible import random_state, restore_random_state
+from repkern.train.sharded import is_sharded, part_like, whole
 
 if TYPE_CHECKING:
     from repkern.train.trainer import Trainer
@@ -48,10 +49,10 @@ def named_tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 def capture(trainer: Trainer, notes: Mapping[str, Any]) -> Checkpoint:
     """The state of `trainer` between two steps. Every process calls it; that of rank 0 is whole."""
-    named = named_tensors(trainer)
+    named, main = named_tensors(trainer), trainer.runtime.is_main
     state: dict[str, Any] = {
         "position": list(trainer.position),
-        "optimizers": {name: optimizer_state(o, named) for name, o in trainer.optimizers.items()},
+        "optimizers": whole({name: optimizer_state(o, named) for name, o in trainer.optimizers.items()}, main),
         "scaler": trainer.runtime.scaler_state(),
         "callbacks": {c.name: s for c in trainer.callbacks if (s := c.state_dict())},
         "random": trainer.runtime.gather(random_state()),
@@ -63,9 +64,10 @@ def capture(trainer: Trainer, notes: Mapping[str, Any]) -> Checkpoint:
         "data": trainer.data.describe(),
         "threads": torch.get_num_threads(),
     }
-    average = None if trainer.average is None else trainer.average.module.state_dict()
-    changes = changes_between(trainer.model, trainer.origin)
-    return Checkpoint({"changes": changes}, trainer.model.state_dict(), average, state, notes)
+    average = None if trainer.average is None else whole(trainer.average.module.state_dict(), main)
+    # FSDP2 gives modules classes of its own, and their structure stays.
+    changes = {} if is_sharded(trainer.model) else changes_between(trainer.model, trainer.origin)
+    return Checkpoint({"changes": changes}, whole(trainer.model.state_dict(), main), average, state, notes)
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> Position:
@@ -105,13 +107,16 @@ def _restore_networks(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise ValueError("one of the two has a moving average of the weights (ema), the other has none")
     if trainer.average is not None and checkpoint.average is not None:
         networks.append((trainer.average.module, checkpoint.average))
+    if changes and is_sharded(trainer.model):
+        raise ValueError("its network changed during training, which strategy fsdp2 cannot follow; use strategy ddp")
     for network, weights in networks:
         if changes:
             apply_changes(network, changes)
             trainer.placed(network)
         else:
             _check_weights(network, weights)
-        network.load_state_dict(weights, strict=True)
+        own = network.state_dict()
+        network.load_state_dict({name: part_like(tensor, own[name]) for name, tensor in weights.items()}, strict=True)
     if trainer.average is not None:
         trainer.average.module.eval().requires_grad_(False)
 

@@ -17,21 +17,22 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repkern.data.batch import DataSource, Shard
+from repkern.data.batch import DataSource
 from repkern.models.structure import changes_between
 from repkern.train import state
-from repkern.train.callbacks import Callback, StructureChanged, check_names
+from repkern.train.callbacks import Callback, StructureChanged, check_names, gradients_of
 from repkern.train.checkpoint import CheckpointError
-from repkern.train.distributed import Runtime
+from repkern.train.distributed import Runtime, explained
 from repkern.train.divergence import TrainingDivergedError, check_weights, clip_gradients, diverged
-from repkern.train.ema import MovingAverage
 from repkern.train.evaluation import epoch_row, evaluate
 from repkern.train.meters import Meters
-from repkern.train.optimizers import follow_structure, make_optimizer
+from repkern.train.optimizers import follow_structure
+from repkern.train.prepared import prepared
 from repkern.train.recipe import TrainingRecipe
 from repkern.train.reproducible import deterministic
 from repkern.train.saving import Saving
 from repkern.train.schedule import Schedule
+from repkern.train.sharded import require_whole
 from repkern.train.signals import Interrupted, StopNow, StopRequest, stop_requests
 from repkern.train.snapshot import BufferSnapshot
 from repkern.train.state import Position
@@ -68,11 +69,10 @@ class Trainer:
         self._own_runtime = runtime is None
         self.runtime = runtime or Runtime(recipe.train)
         self.recipe, self.data, self.callbacks = recipe, data, list(callbacks)
-        self.shard = Shard(self.runtime.rank, self.runtime.world, recipe.train.accumulate)
+        self.shard = self.runtime.part_of(data.batch_size, recipe.train.accumulate)
         self.model = self.placed(model)
         self.origin = state.outline(self.model)
-        self.optimizers = dict(optimizers or {"weights": make_optimizer(self.model, recipe)})
-        self.average = None if recipe.ema is None else MovingAverage(self.model, recipe.ema)
+        self.optimizers, self.average = prepared(self.model, recipe, self.runtime, optimizers)
         self.task = task or Classification(recipe, len(data.classes))
         self.position = Position()
         self.rows: list[dict[str, Any]] = []
@@ -150,7 +150,7 @@ class Trainer:
         DistributedError when another process died.
         """
         settings = self.recipe.train
-        with contextlib.ExitStack() as stack:
+        with explained(), contextlib.ExitStack() as stack:
             if settings.deterministic or settings.threads:
                 stack.enter_context(deterministic(settings.threads or None, algorithms=settings.deterministic))
             stack.callback(self._end)
@@ -201,9 +201,7 @@ class Trainer:
             while self.position.step_in_epoch < self._steps_of_this_epoch():
                 self._run_step(batches)
         finally:
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()
+            getattr(batches, "close", lambda: None)()
         self._end_epoch()
 
     def _train_mode(self) -> None:
@@ -254,6 +252,7 @@ class Trainer:
         """Step the optimizers; False, and nothing is stepped, when the norm of the gradient is known and not finite."""
         optimizers = list(self.optimizers.values())
         self.runtime.unscale(optimizers)
+        self.runtime.average(gradients_of(self.callbacks))
         self._emit("on_gradients")
         # An fp16 gradient that overflowed is the scaler's affair: it leaves the step out and scales less.
         if not clip_gradients(self.optimizers["weights"], self.recipe.train) and not self.runtime.scaler_state():
@@ -316,7 +315,7 @@ class Trainer:
     def save(self, metric: float | None = None) -> Path | None:
         """Write a checkpoint of now; None when there is no folder, or when it could not be written (a note says why).
 
-        metric: of the epoch that just ended, when one did. Every process calls it; rank 0 gets the path.
+        metric: of the epoch that just ended, when one did. Every process calls it, and goes on when rank 0 has written.
         TrainingDivergedError for weights that are not finite.
         """
         if not self._saving.active:
@@ -324,8 +323,9 @@ class Trainer:
         check_weights(self)
         ended = self.epoch if self.position.step_in_epoch == 0 and self.epoch > 0 else None
         checkpoint = state.capture(self, {"epoch": ended, "metric": metric})
-        path = self._saving.write(self.step, checkpoint)
-        if path is not None:
+        path = self.runtime.on_main(lambda: self._saving.write(self.step, checkpoint))
+        self._saving.last = path or self._saving.last
+        if path is not None and self.runtime.is_main:
             self._emit("on_saved", path)
         return path
 
@@ -336,7 +336,7 @@ class Trainer:
         is of another network or of other settings.
         """
         # Rank 0 reads for all: hosts need not share a disk.
-        found = self.runtime.broadcast(self._saving.newest())
+        found = self.runtime.on_main(self._saving.newest)
         if found is None:
             return self.position
         step, checkpoint = found
@@ -364,7 +364,9 @@ class Trainer:
         To be called between two steps (in on_step_begin, on_step_end or on_epoch_end), by every process alike.
         ValueError for a module that a checkpoint cannot describe: it could not be resumed.
         """
+        require_whole(self.model)
         self.placed(self.model)
+        self.runtime.share_weights(self.model)  # new modules may have drawn their first weights
         if self._saving.active:
             changes_between(self.model, self.origin)
         follow_structure(self.optimizers["weights"], self.model, change, self.recipe)
