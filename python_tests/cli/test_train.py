@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import repkern
+from repkern.cli import _options
 from repkern.models import save
 from repkern.train.recipe_files import load_recipe
 from repkern.train.runs import open_run
@@ -302,6 +303,18 @@ def test_two_processes_share_a_run(tiny, tmp_path):
     assert done.stderr.count("Training small_vgg") == 1
     assert "2 processes, 1 CPU threads each" in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "words", [("train", "tiny.yaml"), ("eval", "tiny.yaml"), ("predict", "a.png", "-c", "x"), ("recipes",)]
+)
+@pytest.mark.parametrize(("module", "shown"), [("yaml", "PyYAML"), ("accelerate", "Accelerate")])
+def test_what_is_not_installed_is_named(command, monkeypatch, words, module, shown):
+    real = _options.importlib.util.find_spec
+    monkeypatch.setattr(_options.importlib.util, "find_spec", lambda name: None if name == module else real(name))
+    code, _, err = command(*words)
+    assert code == 1
+    assert f"{words[0]} needs {shown}: pip install 'repkern[train]'" in err
 
 
 def test_help_teaches(command):

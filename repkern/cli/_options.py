@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from repkern.train.recipe import Recipe
 
 __all__ = [
+    "TRAINING",
     "Changes",
     "Data",
     "DataFolder",
@@ -111,6 +112,10 @@ def chosen_device(device: Device) -> Literal["cpu", "cuda"]:
     if device is Device.auto:
         return "cuda" if gpu else "cpu"
     return "cuda" if device is Device.cuda else "cpu"
+
+
+#: What every training, and all that reads its recipes, needs of `pip install 'repkern[train]'`.
+TRAINING = {"accelerate": "Accelerate", "torchmetrics": "torchmetrics", "yaml": "PyYAML"}
 
 
 def check_extras(command: str, needed: Mapping[str, str], extra: str) -> None:

@@ -11,7 +11,16 @@ import typer
 
 from repkern.cli._console import WRONG_USE, fail, percent, print_pairs
 from repkern.cli._models import AsJson, Block, working
-from repkern.cli._options import Changes, DataFolder, Device, DeviceOption, Threads, chosen_device
+from repkern.cli._options import (
+    TRAINING,
+    Changes,
+    DataFolder,
+    Device,
+    DeviceOption,
+    Threads,
+    check_extras,
+    chosen_device,
+)
 from repkern.cli._trained import ModelName, RecipeOption, Which, changed, open_trained, prepared
 
 if TYPE_CHECKING:
@@ -53,6 +62,7 @@ def evaluate(
 
     repkern eval RepVGG-A0-train.pth --model repvgg_a0 --recipe repvgg_table4_a0 --data /data/imagenet
     """
+    check_extras("eval", TRAINING, "train")
     with working(as_json, lines=False) as say:
         say("Reading the network")
         trained = open_trained(source, model=model, block=block, recipe=recipe, which=which)

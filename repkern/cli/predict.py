@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from repkern.cli._console import console, percent
 from repkern.cli._models import AsJson, Block, working
-from repkern.cli._options import Changes, Device, DeviceOption, chosen_device
+from repkern.cli._options import TRAINING, Changes, Device, DeviceOption, check_extras, chosen_device
 from repkern.cli._trained import ModelName, RecipeOption, Which, changed, open_trained
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def predict(
 
     repkern predict cat.jpg -c RepVGG-A0-train.pth --model repvgg_a0
     """
+    check_extras("predict", TRAINING | {"PIL": "Pillow"}, "train")
     with working(as_json, lines=False) as say:
         from repkern.train.predicting import predict as predictions
 

@@ -10,6 +10,7 @@ import typer
 
 from repkern.cli import _console
 from repkern.cli._options import (
+    TRAINING,
     Device,
     DeviceOption,
     Fresh,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quickstart"]
 
-_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "accelerate": "Accelerate", "pydantic": "pydantic"}
+_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", **TRAINING}
 _OUT = Path("runs/quickstart")
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from repkern.cli._console import WRONG_USE, console, fail
 from repkern.cli._models import AsJson
+from repkern.cli._options import TRAINING, check_extras
 
 if TYPE_CHECKING:
     from repkern.train.recipe_list import RecipeLine
@@ -36,6 +37,7 @@ def recipes(
 
     repkern train orepa_table3_scalar --dry-run      one of them as a whole
     """
+    check_extras("recipes", TRAINING, "train")
     from repkern.train.recipe_list import recipe_lines
 
     lines = recipe_lines(pattern)

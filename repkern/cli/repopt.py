@@ -14,6 +14,7 @@ from rich.console import Console
 from repkern.cli import _console
 from repkern.cli._models import AsJson
 from repkern.cli._options import (
+    TRAINING,
     Data,
     Device,
     DeviceOption,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["repopt"]
 
-_EXTRAS = {"matplotlib": "matplotlib", "accelerate": "Accelerate", "pydantic": "pydantic"}
+_EXTRAS = {"matplotlib": "matplotlib", **TRAINING}
 _OUT = Path("runs/repopt")
 _CALIBRATION = 512  # images
 _SCHEMES: dict[str, dict[str, Any]] = {"int8": {}, "int8_per_tensor": {"weights": "per_tensor"}}

@@ -15,6 +15,7 @@ from repkern.cli import _console
 from repkern.cli._console import percent
 from repkern.cli._models import AsJson
 from repkern.cli._options import (
+    TRAINING,
     Changes,
     Data,
     Device,
@@ -90,7 +91,7 @@ def hyper(
     repkern search hyper --recipe digits_repopt                for that recipe's network
     """
     mode = chosen_mode(resume, fresh)
-    needed = {"accelerate": "Accelerate", "pydantic": "pydantic"} | ({} if data else {"sklearn": "scikit-learn"})
+    needed = TRAINING | ({} if data or recipe else {"sklearn": "scikit-learn"})
     check_extras("search", needed, "quickstart")
     check_model(model)
     given = {

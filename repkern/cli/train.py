@@ -16,6 +16,7 @@ from repkern.cli import _console
 from repkern.cli._console import WRONG_USE, fail, percent
 from repkern.cli._models import AsJson
 from repkern.cli._options import (
+    TRAINING,
     Changes,
     DataFolder,
     Device,
@@ -23,6 +24,7 @@ from repkern.cli._options import (
     Fresh,
     Resume,
     Threads,
+    check_extras,
     chosen_mode,
     whole_path,
 )
@@ -86,6 +88,7 @@ def train(
     from repkern.cli._runs import recipe_for
     from repkern.train.recipe import Recipe
 
+    check_extras("train", TRAINING, "train")
     mode = chosen_mode(resume, fresh)
     given = {"data.root": None if data is None else whole_path(data), "train.threads": threads}
     chosen, named = recipe_for(recipe, Recipe, device, given, changes or [])
