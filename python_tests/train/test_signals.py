@@ -12,6 +12,14 @@ from repkern.train.signals import StopRequest, stop_requests
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 
+@pytest.fixture(autouse=True)
+def _not_ignored():
+    """As it is unless a shell began these tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole():
     trainer = make_trainer()
@@ -66,6 +74,17 @@ def test_the_second_ctrl_c_is_a_keyboard_interrupt():
         assert request.name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_requests() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not request
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_in_another_thread_nothing_is_installed():

@@ -6,6 +6,7 @@ A line is "FOLDER MOMENT THEN". At the line MOMENT it waits for the signal that 
 
 import contextlib
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -76,6 +77,7 @@ def limited(wanted):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background begins with it ignored
 for line in sys.stdin:
     folder, moment, then = line.rstrip("\n").split("\t")
     with limited(then == "limit"):

@@ -57,6 +57,8 @@ def stop_requests() -> Iterator[StopRequest]:
         request.name = signal.Signals(number).name
 
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    # What was ignored stays so: a shell does that for jobs in the background, which a Ctrl-C is not meant for.
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield request
