@@ -28,6 +28,22 @@ def test_classes_and_files_in_the_order_of_their_names(make_folder):
     assert len(test) == 6
 
 
+def test_links_are_followed_but_not_in_circles(make_folder, tmp_path):
+    folder = make_folder()
+    cats, other = folder / "train" / "cat", tmp_path / "other"
+    before = len(open_folder(folder)[0])
+    other.mkdir()
+    shutil.copy(cats / "0.png", other / "more.png")
+    (cats / "itself").symlink_to(cats, target_is_directory=True)
+    (cats / "other").symlink_to(other, target_is_directory=True)
+    (other / "back").symlink_to(cats, target_is_directory=True)
+    (cats / ".thumbnails").mkdir()
+    shutil.copy(cats / "0.png", cats / ".thumbnails" / "0.png")
+    train, _ = open_folder(folder)
+    assert len(train) == before + 1
+    assert any(train.name_of(n).endswith(os.path.join("other", "more.png")) for n in range(len(train)))
+
+
 def test_other_files_are_left_out_and_folders_within_classes_are_searched(make_folder):
     folder = make_folder()
     (folder / "train" / "cat" / "notes.txt").write_text("cats")

@@ -143,12 +143,18 @@ def _scan(folder: Path, classes: list[str]) -> FileData:
 
 
 def _walk(folder: Path) -> Iterator[bytes]:
-    """The images below a folder, relative to it, in the order of their paths."""
+    """The images below a folder, relative to it, in the order of their paths; links are followed, no circles."""
     suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
+    top = os.fsencode(folder)
+    above: dict[bytes, tuple[bytes, ...]] = {top: (os.path.realpath(top),)}
     found = []
-    for place, _, names in os.walk(os.fsencode(folder), followlinks=True):
-        start = os.path.relpath(place, os.fsencode(folder)).replace(os.fsencode(os.sep), b"/")
+    for place, folders, names in os.walk(top, followlinks=True):
+        start = os.path.relpath(place, top).replace(os.fsencode(os.sep), b"/")
         for name in names:
             if name.lower().endswith(suffixes) and not name.startswith(b"."):
                 found.append(name if start == b"." else start + b"/" + name)
+        chain = above.pop(place)
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in folders}
+        folders[:] = [name for name in folders if not name.startswith(b".") and real[name] not in chain]
+        above |= {os.path.join(place, name): (*chain, real[name]) for name in folders}
     return iter(sorted(found))
