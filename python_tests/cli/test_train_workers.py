@@ -32,12 +32,13 @@ def tiny(tmp_path):
 def signal_at(monkeypatch):
     """A signal after so many steps, to this process or to its workers."""
 
-    def made(step, number, *, workers=False):
+    def made(step, number, *, workers=False, all_of_them=False):
         from repkern.cli import _progress
 
         def on_step_end(self, trainer):
             if trainer.step == step:
-                pids = [each.pid for each in multiprocessing.active_children()] if workers else [os.getpid()]
+                pids = [each.pid for each in multiprocessing.active_children()] if workers or all_of_them else []
+                pids += [] if workers else [os.getpid()]
                 assert pids
                 for pid in pids:
                     os.kill(pid, number)
@@ -61,6 +62,18 @@ def test_a_stopped_run_continues_to_the_same_weights_with_other_workers(command,
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_signal_to_all_processes_of_a_run_saves_it_too(command, tmp_path, signal_at):
+    assert command("train", "tiny.yaml", "--out", "whole")[0] == 0
+    signal_at(11, signal.SIGTERM, all_of_them=True)
+    code, out, err = command("train", "tiny.yaml", "--out", "stopped")
+    assert (code, err) == (130, "")
+    assert "Interrupted by SIGTERM" in out
+    signal_at(0, signal.SIGTERM)
+    assert command("train", "tiny.yaml", "--out", "stopped", "--resume")[0] == 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_a_dead_worker_is_one_line_and_the_run_continues(command, tmp_path, signal_at):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repkern.models.structure import apply_changes, changes_between
 from repkern.train.checkpoint import Checkpoint, CheckpointError
+from repkern.train.meters import Meters
 from repkern.train.optimizers import load_optimizer, optimizer_state
 from repkern.train.recipe_compare import recipe_differences
 from repkern.train.reproducible import random_state, restore_random_state
@@ -81,7 +82,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> Position:
         for name, optimizer in trainer.optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name], named)
         trainer.runtime.load_scaler_state(state["scaler"])
-        trainer.load_meters_state(state["meters"])
+        _restore_meters(trainer, state["meters"])
         trainer.skipped, trainer.skipped_in_a_row = state["bad_steps"]
         trainer.rows = [dict(row) for row in state["rows"]]
         trainer.elapsed_before = float(state["elapsed"])
@@ -131,6 +132,13 @@ def _restore_callbacks(trainer: Trainer, states: Mapping[str, Any]) -> None:
             callback.load_state_dict(states[name])
         elif callback.state_dict():
             trainer.note(f"the checkpoint has no state of the callback {name}, which begins anew")
+
+
+def _restore_meters(trainer: Trainer, states: list[dict[str, Any]]) -> None:
+    trainer.meters = None
+    if any(states):
+        trainer.meters = Meters(trainer.task, "train_", trainer.runtime.device)
+        trainer.meters.load(states, trainer.runtime.rank, trainer.runtime.world)
 
 
 def _check_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -84,7 +84,7 @@ class Trainer:
             self.optimizers["weights"], recipe.schedule, steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
         )
         self._request = StopRequest()
-        self._meters: Meters | None = None
+        self.meters: Meters | None = None
         self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._wrapped: nn.Module | None = None
 
@@ -194,8 +194,8 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         self._train_mode()
-        if self._meters is None:
-            self._meters = Meters(self.task, "train_", self.runtime.device)
+        if self.meters is None:
+            self.meters = Meters(self.task, "train_", self.runtime.device)
         batches = self.data.train_batches(self.epoch, self.position.step_in_epoch, self.shard)
         try:
             while self.position.step_in_epoch < self._steps_of_this_epoch():
@@ -215,7 +215,14 @@ class Trainer:
         self._buffers.take()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        results = [self._piece(next(batches, None), index) for index in range(self.shard.accumulate)]
+        try:
+            results = [self._piece(next(batches, None), index) for index in range(self.shard.accumulate)]
+        except DataWorkerError:
+            # Schedulers send a signal to all processes of a job: it may end the workers before it is seen here.
+            if not self._request or self.runtime.world > 1:
+                raise
+            self._buffers.put_back()
+            raise StopNow from None
         finite = all(math.isfinite(result.loss.item()) for result, _ in results)
         bad, stop, due = self.runtime.agree([not finite, bool(self._request), self._saving.due(self.step + 1)])
         if bad:
@@ -262,9 +269,9 @@ class Trainer:
         self.skipped_in_a_row = 0
         if self.average is not None:
             self.average.update(self.step + 1)
-        assert self._meters is not None
+        assert self.meters is not None
         for result, batch in results:
-            self._meters.update(result, batch)
+            self.meters.update(result, batch)
         return True
 
     def _skip(self, what: str) -> None:
@@ -287,12 +294,12 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         check_weights(self)
-        assert self._meters is not None
+        assert self.meters is not None
         rate = self._schedule.rate(self.epoch * self.steps_per_epoch)
-        row = epoch_row(self, self._meters, rate, self._steps_of_this_epoch(), self._stop_alone)
+        row = epoch_row(self, self.meters, rate, self._steps_of_this_epoch(), self._stop_alone)
         self._emit("on_epoch_end", row)
         self.position = Position(self.epoch + 1, 0, self.step)
-        self._meters, self.elapsed_before, self._began = None, 0.0, time.monotonic()
+        self.meters, self.elapsed_before, self._began = None, 0.0, time.monotonic()
         self.rows.append(row)
         self._saving.write_rows(self.rows)
         self._emit("on_epoch_logged", row)
@@ -347,14 +354,7 @@ class Trainer:
 
     def meters_state(self) -> dict[str, Any]:
         """What the metrics of the current epoch have summed up in this process, {} between epochs."""
-        return {} if self._meters is None else self._meters.state()
-
-    def load_meters_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """The inverse, given those of all processes."""
-        self._meters = None
-        if any(states):
-            self._meters = Meters(self.task, "train_", self.runtime.device)
-            self._meters.load(states, self.runtime.rank, self.runtime.world)
+        return {} if self.meters is None else self.meters.state()
 
     # What surrounds it -------------------------------------------------------------------------------------------
 
