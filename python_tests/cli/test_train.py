@@ -171,8 +171,9 @@ def test_a_run_that_could_not_begin_leaves_no_folder(command, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(command):
-    code, _, err = command("train", "tiny.yaml", "--device", "cuda")
-    assert (code, "no CUDA GPU or driver was found" in err) == (2, True)
+    for option in (("--device", "cuda"), ("--set", "train.device=cuda")):
+        code, _, err = command("train", "tiny.yaml", *option)
+        assert (code, "no CUDA GPU or driver was found" in err) == (2, True), option
 
 
 def test_files_that_cannot_be_recipes(command, tmp_path):

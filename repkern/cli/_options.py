@@ -108,7 +108,7 @@ def chosen_device(device: Device) -> Literal["cpu", "cuda"]:
 
     gpu = torch.cuda.is_available()
     if device is Device.cuda and not gpu:
-        fail("--device cuda: no CUDA GPU or driver was found; --device cpu works everywhere", WRONG_USE)
+        fail("device cuda: no CUDA GPU or driver was found; --device cpu works everywhere", WRONG_USE)
     if device is Device.auto:
         return "cuda" if gpu else "cpu"
     return "cuda" if device is Device.cuda else "cpu"

@@ -27,8 +27,8 @@ def recipe_for(
 ) -> tuple[RecipeT, list[str]]:
     """The recipe with the options that the user gave, and the names of those: {"train.epochs": 3}.
 
-    changes: further ones as text, "optimizer.lr=0.05". A device and a number of threads are always settled: a run
-    continues with those it began with. Leaves with 2 for what is wrong with any of them.
+    changes: further ones as text, "optimizer.lr=0.05". A device (the option's, or else the recipe's) and a number of
+    threads are always settled: a run continues with those it began with. Leaves with 2 for what is wrong.
     """
     import json
 
@@ -36,16 +36,15 @@ def recipe_for(
 
     from repkern.train.recipe_files import RecipeError, load_recipe
 
-    where = chosen_device(device)
     options = {name: value for name, value in given.items() if value is not None}
     texts = [f"{option}={json.dumps(value)}" for option, value in options.items()]
     try:
-        recipe = load_recipe(name, [*changes, *texts, f"train.device={where}"], kind=kind)
-        if not recipe.train.threads:
-            threads = torch.get_num_threads()
-            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"threads": threads})})
+        recipe = load_recipe(name, [*changes, *texts], kind=kind)
     except RecipeError as problem:
         fail(str(problem), WRONG_USE)
+    where = chosen_device(Device(recipe.train.device) if device is Device.auto else device)
+    settled = {"device": where, "threads": recipe.train.threads or torch.get_num_threads()}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=settled)})
     named = [*options, *(change.partition("=")[0].strip() for change in changes)]
     return recipe, [*named, *([] if device is Device.auto else ["train.device"])]
 
