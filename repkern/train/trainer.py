@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repkern.data.batch import DataSource
+from repkern.data import DataSource, DataWorkerError
 from repkern.models.structure import changes_between
 from repkern.train import state
 from repkern.train.callbacks import Callback, StructureChanged, check_names, gradients_of
