@@ -122,6 +122,15 @@ def test_a_callback_whose_state_is_there_must_be_there(tmp_path):
         make_trainer(tmp_path).resume()
 
 
+def test_other_optimizers_are_named_before_anything_is_loaded(tmp_path):
+    make_two_optimizers(tmp_path, []).fit()
+    trainer = make_trainer(tmp_path, callbacks=[Counting()])
+    before = trainer.model[3].weight.clone()
+    with pytest.raises(CheckpointError, match="holds the optimizers weights, alpha, this training has weights"):
+        trainer.resume()
+    assert torch.equal(before, trainer.model[3].weight)
+
+
 class Only(Callback):
     name = "only"
 

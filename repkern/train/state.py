@@ -173,6 +173,9 @@ def _compare_pieces(trainer: Trainer, before: int) -> None:
 
 
 def _check_same(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    if state["optimizers"].keys() != trainer.optimizers.keys():
+        saved, own = (", ".join(names) for names in (state["optimizers"], trainer.optimizers))
+        raise ValueError(f"it holds the optimizers {saved}, this training has {own}")
     differing = recipe_differences(state["recipe"], trainer.recipe.model_dump(mode="json"))
     differing += [f"data: {line}" for line in recipe_differences(state["data"], trainer.data.describe())]
     if differing:
