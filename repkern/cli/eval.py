@@ -86,7 +86,9 @@ def _tested(trained: TrainedNetwork, recipe: Recipe, device: str, threads: int |
 
     if threads is not None:
         torch.set_num_threads(threads)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": device})})
+    # One process tests, whatever the network was trained with.
+    here = recipe.train.model_copy(update={"device": device, "strategy": "ddp"})
+    recipe = recipe.model_copy(update={"train": here})
     data = build_data(recipe)
     counted: list[int] = []
     with Runtime(recipe.train) as runtime:

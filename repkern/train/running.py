@@ -18,6 +18,7 @@ from repkern.train.build import build_data, build_trainer
 from repkern.train.callbacks import Callback
 from repkern.train.distributed import Runtime
 from repkern.train.recipe import Recipe
+from repkern.train.sharded import whole_network
 from repkern.train.trainer import Trainer
 
 __all__ = ["MODEL", "run_recipe"]
@@ -46,7 +47,7 @@ def run_recipe(
     trainer.resume()
     began(trainer)
     rows = trainer.fit()
-    trained = trainer.model if trainer.average is None else trainer.average.module
+    trained = whole_network(trainer.model if trainer.average is None else trainer.average.module, trainer.origin)
     if runtime.is_main:
         _save(trained, folder / MODEL)
     tested = [row for row in rows if "test_accuracy" in row]

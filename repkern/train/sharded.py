@@ -7,6 +7,7 @@ holds whole tensors: one that was saved with FSDP2 resumes with DDP, and the oth
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "shard",
     "sum_gradients",
     "whole",
+    "whole_network",
     "whole_weights",
 ]
 
@@ -126,6 +128,19 @@ def whole(value: Any, keep: bool = True) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(whole(item, keep) for item in value)
     return value
+
+
+def whole_network(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """`model` itself, or where it is spread a whole one on the CPU: a copy of `plain`, its outline on the meta device.
+
+    Every process calls it. Buffers that are not in the state_dict are left without values.
+    """
+    if not is_sharded(model):
+        return model
+    tensors = whole(model.state_dict())
+    network = copy.deepcopy(plain).to_empty(device="cpu")
+    network.load_state_dict(tensors)
+    return network.train(model.training)
 
 
 def part_like(tensor: Any, pattern: Tensor) -> Any:

@@ -75,6 +75,12 @@ def start(tmp_path_factory):
     return begin
 
 
+@pytest.fixture
+def launched():
+    """Start what follows torchrun's own options, in two processes."""
+    return lambda *arguments: Launched(*TORCHRUN, "2", *arguments)
+
+
 @pytest.fixture(scope="session")
 def run(start):
     """Run jobs to their end; returns what came of each, by name: one dict for each rank."""

@@ -1,5 +1,6 @@
 """Other launchers, more processes, and several hosts."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,23 @@ def test_accelerate_launch(run, tmp_path, jobs_module):
     jobs = [jobs_module.job("launched", given={"max_steps": 2})]
     found = run(jobs, tmp_path, launcher=(*launcher, "--main_process_port", "0", "--mixed_precision", "no"))
     assert [rank["world"] for rank in found["launched"]] == [2, 2]
+
+
+def test_the_command_with_fsdp2_writes_a_whole_network(launched, run_python, tmp_path):
+    """No process has all weights then. The file is tested in one process, which must find what the row says."""
+    pytest.importorskip("sklearn")
+    changes = ("train.strategy=fsdp2", "train.device=cpu", "train.epochs=1", "train.max_steps=8")
+    options = [word for change in changes for word in ("--set", change)]
+    folder = tmp_path / "run"
+    with launched("-m", "repkern", "train", "digits_orepa", *options, "--out", folder) as command:
+        code, err = command.end()
+    assert code == 0, err
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    tested = run_python("-m", "repkern", "eval", folder, "--json", timeout=240)
+    assert tested.returncode == 0, tested.stderr
+    found = json.loads(tested.stdout)
+    assert found["test_accuracy"] == pytest.approx(row["test_accuracy"], abs=1e-6)
+    assert found["test_loss"] == pytest.approx(row["test_loss"], rel=1e-4)
 
 
 def test_three_processes_resume_with_the_same_bits(run, tmp_path, jobs_module):
