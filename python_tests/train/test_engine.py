@@ -168,6 +168,13 @@ def test_a_network_that_gives_something_else_is_an_error():
         make_trainer(model=Odd(3, 3)).fit()
 
 
+@pytest.mark.parametrize(("classes", "mixed"), [(3, False), (11, False), (3, True)])
+def test_a_network_of_other_classes_is_an_error(classes, mixed):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    with pytest.raises(ValueError, match=rf"must give \[N, 10\].* got \[16, {classes}\]"):
+        make_trainer(model=model, data=MemorySource(mixed=mixed)).fit()
+
+
 def test_custom_l2_is_in_the_gradient():
     def model():
         torch.manual_seed(2)

@@ -51,6 +51,7 @@ class Classification(Task):
 
     A network may give a tensor of logits [N, classes], or, with auxiliary heads in training, several (a sequence, or a
     mapping, the main one first or called "out"). Accuracy against mixed labels is that of the largest part.
+    ValueError for outputs of another shape, TypeError for what is no tensor.
     """
 
     def __init__(self, recipe: TrainingRecipe, classes: int) -> None:
@@ -74,6 +75,12 @@ class Classification(Task):
         return Result(self._cross_entropy(outputs, batch.labels), outputs, len(batch.labels))
 
     def _cross_entropy(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        if outputs.dim() != 2 or outputs.shape[1] != self._classes:
+            # On a GPU a label without an output ends the process, with a message that names neither.
+            raise ValueError(
+                f"the network must give [N, {self._classes}], an output for each class of the data, got "
+                f"{list(outputs.shape)}"
+            )
         if labels.is_floating_point():
             labels = labels.to(outputs.dtype)
         return functional.cross_entropy(outputs, labels, label_smoothing=self._recipe.label_smoothing)
