@@ -1,5 +1,6 @@
 import pytest
 
+from repkern.data import DataRecipe
 from repkern.train import Recipe
 from repkern.train.recipe import CheckpointRecipe, RunRecipe
 from repkern.train.runs import RunError, open_run, read_recipe
@@ -64,6 +65,26 @@ def test_resume_against_given_settings_is_an_error(tmp_path):
     run(tmp_path / "run", A)
     with pytest.raises(RunError, match=r"epochs 5, not 6; leave that option out"):
         run(tmp_path / "run", B, "resume", given=["train.epochs"])
+
+
+def test_resume_may_be_elsewhere(tmp_path):
+    run(tmp_path / "run", A)
+    there = A.model_copy(
+        update={"data": DataRecipe(root="there", workers=2, memory=0.5), "train": RunRecipe(epochs=7, threads=3)}
+    )
+    given = ["data.root", "data.workers", "train.threads"]
+    for settings in (given, []):  # the second time it is remembered
+        opened = run(tmp_path / "run", there, "resume", given=settings)
+        assert opened.resumed
+        assert (opened.recipe.data.root, opened.recipe.data.workers, opened.recipe.data.memory) == ("there", 2, 1.0)
+        assert (opened.recipe.train.threads, opened.recipe.train.epochs) == (3, 5)
+
+
+def test_workers_do_not_make_another_run(tmp_path):
+    run(tmp_path / "run", A)
+    opened = run(tmp_path / "run", A.model_copy(update={"data": DataRecipe(workers=2)}))
+    assert (opened.resumed, opened.recipe.data.workers) == (True, 2)
+    assert not run(tmp_path / "run", A.model_copy(update={"data": DataRecipe(root="there")})).resumed
 
 
 def test_resume_needs_an_unfinished_run(tmp_path):

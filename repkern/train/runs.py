@@ -14,12 +14,14 @@ from typing import Any, Generic, Literal, TypeVar
 from repkern.models.files import explained
 from repkern.train.files import write_atomically
 from repkern.train.recipe import Recipe
-from repkern.train.recipe_compare import recipe_differences, setting
+from repkern.train.recipe_compare import is_free, recipe_differences, setting, with_settings
 
 __all__ = ["Run", "RunError", "open_run", "read_recipe"]
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
+# Without --resume, what does not make it another run: not a bit of the result depends on it.
+_SAME = ("checkpoint", "log", "about", "data.download", "data.workers", "data.memory")
 _RECIPE = "recipe.json"
 _SUMMARY = "summary.json"
 
@@ -49,8 +51,9 @@ def open_run(
     """Choose, make and lock a run folder: `base`, or `base-2`, `base-3`, ... when that is taken.
 
     auto: continue the newest run with this recipe if it is unfinished, else start a new one.
-    resume: continue the newest unfinished run with the recipe it has; RunError when there is none or when a setting
-    named in `given` ("train.epochs") differs. fresh: start a new one. A run is finished when it has a summary.json.
+    resume: continue the newest unfinished run with the recipe it has, but with the settings named in `given` that a
+    resumed run may change ("data.root"); RunError when there is none, or when another one ("train.epochs") differs.
+    fresh: start a new one. A run is finished when it has a summary.json.
     A new folder in which nothing was done when the block ends with an exception is taken back.
     """
     base = base.absolute()
@@ -67,7 +70,7 @@ def open_run(
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        if chosen is None:
+        if chosen is None or mode == "resume":
             write_atomically(path / _RECIPE, recipe.to_json())
         try:
             yield Run(path, recipe, chosen is not None, notes)
@@ -131,13 +134,16 @@ def read_recipe(path: Path, kind: type[RecipeT]) -> RecipeT:
 
 
 def _stored(path: Path, recipe: RecipeT, given: Sequence[str]) -> RecipeT:
+    """The recipe in `path`, with what of `given` a resumed run may change as it is in `recipe`."""
     stored = read_recipe(path, type(recipe))
     has, wanted = stored.model_dump(mode="json"), recipe.model_dump(mode="json")
-    wrong = [name for name in given if setting(has, name) != setting(wanted, name)]
+    differing = [name for name in given if setting(has, name) != setting(wanted, name)]
+    wrong = [name for name in differing if not is_free(name)]
     if wrong:
         shown = ", ".join(f"{name} {setting(has, name)}, not {setting(wanted, name)}" for name in wrong)
         raise RunError(f"the unfinished run {path} has {shown}; leave that option out, or start anew with --fresh")
-    return stored
+    changed = with_settings(has, {name: setting(wanted, name) for name in differing})
+    return type(recipe).model_validate_json(json.dumps(changed))
 
 
 def _same_and_unfinished(base: Path, recipe: RecipeT, notes: list[str]) -> Path | None:
@@ -149,10 +155,7 @@ def _same_and_unfinished(base: Path, recipe: RecipeT, notes: list[str]) -> Path 
         except ValueError as error:
             notes.append(f"Left alone: {error}")
             continue
-        # Where and how often it is saved does not make it another run; the number of threads changes its last bits.
-        differences = recipe_differences(
-            stored.model_dump(mode="json"), recipe.model_dump(mode="json"), free=("checkpoint", "log", "about")
-        )
+        differences = recipe_differences(stored.model_dump(mode="json"), recipe.model_dump(mode="json"), free=_SAME)
         if not differences:
             return path if _is_unfinished(path) and not _is_locked(path) else None
         if _is_unfinished(path):
