@@ -83,10 +83,11 @@ _HEAD = ("arm", "seeds", "accuracy %", "difference to", "points (95 % interval)"
 
 
 def _baselines(name: str, present: Sequence[str]) -> list[str]:
-    """What an arm is compared with: plain, INT8 with its own network, other initial values with OREPA's as well."""
+    """What an arm is compared with: plain, INT8 with its own network; variants of OREPA and of its start with OREPA."""
     if name.endswith(INT8):
         return [name.removesuffix(INT8)]
-    return ["plain", *(["OREPA"] if name in QUESTION[2:] and "OREPA" in present else [])]
+    variant = name.startswith("OREPA, ") or name in QUESTION[2:]
+    return ["plain", *(["OREPA"] if variant and "OREPA" in present else [])]
 
 
 def _line(name: str, rows: Sequence[Row], baseline: str) -> list[str]:
